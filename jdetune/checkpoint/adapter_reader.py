@@ -1,0 +1,162 @@
+"""Reads PEFT adapter folders and merges them as PEFT does."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jdetune.checkpoint import peft_layout as layout
+from jdetune.checkpoint.adapters import CONFIG_NAME, WEIGHTS_NAME
+from jdetune.checkpoint.index import open_checkpoint, read_json
+from jdetune.checkpoint.reader import read_tensor
+from jdetune.errors import InputError
+
+_SUFFIXES = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "embedding_A",
+    ".lora_embedding_B": "embedding_B",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraUpdate:
+    """One tensor's factors: the update is ``scaling * left @ right``, in the tensor's own shape.
+
+    Attributes:
+      left: [row, rank], float32, unscaled.
+      right: [rank, col], float32.
+      scaling: ``alpha / r`` as the config says for this module.
+    """
+
+    left: Float[np.ndarray, "row rank"]
+    right: Float[np.ndarray, "rank col"]
+    scaling: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A whole adapter.
+
+    Attributes:
+      updates: tensor name to factors.
+      saved: tensor name to the copy that replaces it (``modules_to_save``).
+      config: adapter_config.json.
+    """
+
+    updates: Mapping[str, LoraUpdate]
+    saved: Mapping[str, np.ndarray]
+    config: Mapping[str, Any]
+
+
+def load_adapter(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Factors of an adapter by tensor name, scale folded into the left one.
+
+    Args:
+      path: PEFT adapter folder.
+
+    Returns:
+      Tensor name to (scaling * B [row, rank], A [rank, col]), float32, in the tensor's own
+      orientation.
+    """
+    updates = read_adapter(path).updates
+    return {
+        name: (update.left * np.float32(update.scaling), update.right)
+        for name, update in updates.items()
+    }
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Reads a PEFT LoRA adapter, honouring r, lora_alpha, both patterns and use_rslora.
+
+    Raises:
+      InputError: not a LoRA adapter, or one whose update is not a product (DoRA), or damaged.
+    """
+    path = Path(path)
+    config = _read_config(path)
+    checkpoint = open_checkpoint(path / WEIGHTS_NAME)
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    saved: dict[str, np.ndarray] = {}
+    for key in checkpoint.tensors:
+        array = read_tensor(checkpoint, key)
+        name = key.removeprefix(layout.PREFIX)
+        suffix = next((s for s in _SUFFIXES if name.endswith(s)), None)
+        if suffix is None:
+            saved[name] = array
+        else:
+            module = name.removesuffix(suffix)
+            parts.setdefault(module, {})[_SUFFIXES[suffix]] = array.astype(np.float32)
+    updates = {f"{m}.weight": _update(m, found, config, path) for m, found in parts.items()}
+    return Adapter(updates, saved, config)
+
+
+def merge_peft(
+    base: np.ndarray, left: np.ndarray, right: np.ndarray, scaling: float = 1.0
+) -> np.ndarray:
+    r"""Merges by PEFT's default rule, :math:`RN_t(fl_{32}(W + fl_{32}(s \cdot fl_{32}(BA))))`.
+
+    Args:
+      base: W, [row, col], dtype t.
+      left: B, [row, rank].
+      right: A, [rank, col].
+      scaling: s.
+
+    Returns:
+      Merged weights in the base's dtype.
+
+    Example:
+      >>> merge_peft(np.float16([[1.0]]), np.float32([[0.5]]), np.float32([[2.0]]), 0.5)
+      array([[1.5]], dtype=float16)
+    """
+    update = np.float32(scaling) * (left.astype(np.float32) @ right.astype(np.float32))
+    return (base.astype(np.float32) + update).astype(base.dtype)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not (path / CONFIG_NAME).is_file():
+        raise InputError(f"{path}: no {CONFIG_NAME} in it. Give a PEFT adapter folder.")
+    config = read_json(path / CONFIG_NAME)
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        raise InputError(f"{path / CONFIG_NAME}: only plain LoRA adapters can be read, not DoRA.")
+    return config
+
+
+def _update(
+    module: str, found: Mapping[str, np.ndarray], config: Mapping[str, Any], path: Path
+) -> LoraUpdate:
+    pair = next(
+        (
+            (found[a], found[b])
+            for a, b in (("A", "B"), ("embedding_A", "embedding_B"))
+            if a in found and b in found
+        ),
+        None,
+    )
+    if pair is None:
+        raise InputError(f"{path}: module {module} has only one of its factors. Copy it again.")
+    down, up = pair  # [rank, in], [out, rank]
+    rank = down.shape[0]
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    conv1d = bool(config.get("fan_in_fan_out")) and leaf_is_conv1d(module)
+    if "embedding_A" in found or conv1d:
+        return LoraUpdate(down.T, up.T, scaling)
+    return LoraUpdate(up, down, scaling)
+
+
+def leaf_is_conv1d(module: str) -> bool:
+    """Whether a module of a fan-in-fan-out adapter stores [in, out]."""
+    return layout.kind_of(module, {"model_type": "gpt2"}) is layout.Kind.CONV1D
+
+
+def _pattern(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
+    """PEFT's rule: the first key that ends the module path, as a regular expression."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default

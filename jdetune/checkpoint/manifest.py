@@ -1,0 +1,209 @@
+"""Compares checkpoints tensor by tensor and plans what to do with each."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jdetune.checkpoint.index import Checkpoint, TensorInfo
+from jdetune.checkpoint.reader import digest, numpy_dtype, read_tensor
+from jdetune.errors import InputError, NotOneBaseError
+
+#: Bytes of merged weights that are read at once, all models together.
+GROUP_BYTES = 2 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorPlan:
+    """What is known of one tensor before any solving.
+
+    Attributes:
+      name: its name.
+      shape: its shape in the first model that has it.
+      dtype: its dtype there.
+      action: ``identical``, ``recover``, ``consensus``, ``per_model``, ``failed`` or ``skipped``.
+      reason: why, where it is not simply recovered or copied.
+      source: index of the model to copy it from, None if there is none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    action: str
+    reason: str | None = None
+    source: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to do with every tensor of a set of checkpoints.
+
+    Attributes:
+      checkpoints: distinct models, in the order given; the first is the template.
+      duplicates: names of dropped models, each with the name of the one it equals.
+      tensors: one entry a tensor, in the template's order.
+      groups: names of tensors to recover together: one shape and dtype each.
+      warnings: things that are odd but not wrong.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    duplicates: tuple[tuple[str, str], ...]
+    tensors: tuple[TensorPlan, ...]
+    groups: tuple[tuple[str, ...], ...]
+    warnings: tuple[str, ...]
+
+    def names(self, action: str) -> tuple[str, ...]:
+        """Names of the tensors that an action is planned for."""
+        return tuple(t.name for t in self.tensors if t.action == action)
+
+
+def select(include: str | None = None, exclude: str | None = None) -> Callable[[str], bool]:
+    """A test of tensor names by two regular expressions, searched anywhere in the name.
+
+    Example:
+      >>> select("query|key", "layer.0")("encoder.layer.1.query.weight")
+      True
+    """
+    try:
+        wanted, unwanted = re.compile(include or ""), re.compile(exclude or r"(?!)")
+    except re.error as error:
+        raise InputError(f"{error.pattern!r} is not a regular expression: {error}.") from error
+    return lambda name: bool(wanted.search(name)) and not unwanted.search(name)
+
+
+def make_plan(
+    checkpoints: Sequence[Checkpoint],
+    wanted: Callable[[str], bool] = lambda name: True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """Compares the models' bytes and decides what happens to every tensor.
+
+    Args:
+      checkpoints: at least two opened checkpoints.
+      wanted: which differing matrices to recover; the others are skipped.
+      progress: called with the tensors compared so far and their number.
+
+    Raises:
+      InputError: nothing in common.
+    """
+    names = list(dict.fromkeys(name for c in checkpoints for name in c.tensors))
+    if not any(_is_common(checkpoints, name) for name in names):
+        raise NotOneBaseError(
+            "the models have no tensor in common by name, shape and dtype: they are not fine-tunes "
+            "of one base. Give models of one architecture."
+        )
+    marks: dict[str, tuple[bytes | None, ...]] = {}
+    for done, name in enumerate(names):
+        marks[name] = _marks(checkpoints, name)
+        if progress is not None:
+            progress(done + 1, len(names))
+    keep, duplicates = _distinct(checkpoints, marks)
+    kept = tuple(checkpoints[i] for i in keep)
+    plans = []
+    for name in names:
+        if any(name in c.tensors for c in kept):
+            plans.append(_plan_tensor(kept, name, [marks[name][i] for i in keep], wanted))
+    groups = group_tensors(kept, [p.name for p in plans if p.action == "recover"])
+    return Plan(kept, duplicates, tuple(plans), groups, _config_warnings(kept))
+
+
+def group_tensors(
+    checkpoints: Sequence[Checkpoint], names: Sequence[str], limit: int = GROUP_BYTES
+) -> tuple[tuple[str, ...], ...]:
+    """Groups names by shape and dtype, in order of first appearance, each within a byte limit."""
+    groups: dict[tuple, list[list[str]]] = {}
+    for name in names:
+        info = checkpoints[0].tensors[name]
+        size = int(np.prod(info.shape)) * numpy_dtype(info.dtype).itemsize * len(checkpoints)
+        room = max(1, limit // max(1, size))
+        parts = groups.setdefault((info.shape, info.dtype), [[]])
+        if len(parts[-1]) >= room:
+            parts.append([])
+        parts[-1].append(name)
+    return tuple(tuple(part) for parts in groups.values() for part in parts)
+
+
+def read_stack(checkpoints: Sequence[Checkpoint], name: str) -> np.ndarray:
+    """One matrix of all models, [model, row, col]."""
+    return np.stack([read_tensor(checkpoint, name) for checkpoint in checkpoints])
+
+
+def _infos(checkpoints: Sequence[Checkpoint], name: str) -> list[TensorInfo | None]:
+    return [c.tensors.get(name) for c in checkpoints]
+
+
+def _is_common(checkpoints: Sequence[Checkpoint], name: str) -> bool:
+    kinds = {(i.shape, i.dtype) if i else None for i in _infos(checkpoints, name)}
+    return None not in kinds and len(kinds) == 1
+
+
+def _marks(checkpoints: Sequence[Checkpoint], name: str) -> tuple[bytes | None, ...]:
+    """A digest a model of shape, dtype and bytes; None where the tensor is missing."""
+    marks: list[bytes | None] = []
+    for checkpoint, info in zip(checkpoints, _infos(checkpoints, name), strict=True):
+        if info is None:
+            marks.append(None)
+        else:
+            head = f"{info.shape}{info.dtype}".encode()
+            marks.append(head + digest(read_tensor(checkpoint, name)))
+    return tuple(marks)
+
+
+def _distinct(
+    checkpoints: Sequence[Checkpoint], marks: dict[str, tuple[bytes | None, ...]]
+) -> tuple[list[int], tuple[tuple[str, str], ...]]:
+    first: dict[tuple, int] = {}
+    keep, duplicates = [], []
+    for i, checkpoint in enumerate(checkpoints):
+        key = tuple(mark[i] for mark in marks.values())
+        if key in first:
+            duplicates.append((checkpoint.name, checkpoints[first[key]].name))
+        else:
+            first[key] = i
+            keep.append(i)
+    return keep, tuple(duplicates)
+
+
+def _plan_tensor(
+    checkpoints: Sequence[Checkpoint],
+    name: str,
+    marks: Sequence[bytes | None],
+    wanted: Callable[[str], bool],
+) -> TensorPlan:
+    info = next(i for i in _infos(checkpoints, name) if i is not None)
+    fields = (name, info.shape, info.dtype)
+    if len(set(marks)) == 1:
+        return TensorPlan(*fields, "identical", source=0)
+    common = _is_common(checkpoints, name)
+    if common and info.is_matrix:
+        if wanted(name):
+            return TensorPlan(*fields, "recover")
+        return TensorPlan(*fields, "skipped", "left out by --include or --exclude")
+    mark, count = Counter(m for m in marks if m is not None).most_common(1)[0]
+    if 2 * count > len(marks):
+        reason = f"{count} of {len(marks)} models hold the same copy"
+        return TensorPlan(*fields, "consensus", reason, marks.index(mark))
+    if not common:
+        return TensorPlan(*fields, "skipped", _mismatch(checkpoints, name))
+    if len(info.shape) > 2:
+        reason = "differs and has more than two axes; convolutions and experts are not handled yet"
+        return TensorPlan(*fields, "failed", reason)
+    return TensorPlan(*fields, "per_model", "differs in most models and is not a float matrix")
+
+
+def _mismatch(checkpoints: Sequence[Checkpoint], name: str) -> str:
+    parts = []
+    for checkpoint, info in zip(checkpoints, _infos(checkpoints, name), strict=True):
+        what = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
+        parts.append(f"{checkpoint.name}: {what}")
+    return "not the same kind in all models (" + ", ".join(parts) + ")"
+
+
+def _config_warnings(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+    types = {c.name: c.config.get("model_type") for c in checkpoints if c.config}
+    if len(set(types.values())) > 1:
+        said = ", ".join(f"{name}: {kind}" for name, kind in types.items())
+        return (f"the models' config.json name different model types ({said})",)
+    return ()

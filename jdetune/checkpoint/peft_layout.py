@@ -1,0 +1,113 @@
+"""Names and orientations by which PEFT finds LoRA factors: modules, leaves, transposes."""
+
+import enum
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jdetune.checkpoint.index import Checkpoint
+
+PREFIX = "base_model.model."
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
+_EMBEDDING_LEAVES = ("wte", "wpe", "shared")
+_NOT_EMBEDDINGS = ("embed_out",)
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "Seq2SeqLM": "SEQ_2_SEQ_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+class Kind(enum.Enum):
+    """How a module stores its weight."""
+
+    LINEAR = "linear"
+    CONV1D = "conv1d"
+    EMBEDDING = "embedding"
+
+
+def module_of(tensor: str) -> str:
+    """Module path of a tensor name.
+
+    Example:
+      >>> module_of("encoder.layer.0.query.weight")
+      'encoder.layer.0.query'
+    """
+    return tensor.rpartition(".")[0]
+
+
+def leaf_of(module: str) -> str:
+    """Last word of a module path."""
+    return module.rpartition(".")[2]
+
+
+def is_targetable(tensor: str) -> bool:
+    """Whether PEFT can put LoRA factors on a tensor: it must be some module's ``weight``."""
+    return tensor.endswith(".weight") and bool(module_of(tensor))
+
+
+def uses_conv1d(config: Mapping[str, Any]) -> bool:
+    """Whether a model stores linear weights as [in, out], as GPT-2 does."""
+    return config.get("model_type") in _CONV1D_MODELS
+
+
+def kind_of(module: str, config: Mapping[str, Any]) -> Kind:
+    """Kind of a module, by the last word of its path.
+
+    Example:
+      >>> kind_of("embeddings.word_embeddings", {}), kind_of("h.0.c_attn", {"model_type": "gpt2"})
+      (<Kind.EMBEDDING: 'embedding'>, <Kind.CONV1D: 'conv1d'>)
+    """
+    leaf = leaf_of(module)
+    if uses_conv1d(config) and leaf in _CONV1D_LEAVES:
+        return Kind.CONV1D
+    named = "embed" in leaf and "proj" not in leaf and leaf not in _NOT_EMBEDDINGS
+    return Kind.EMBEDDING if named or leaf in _EMBEDDING_LEAVES else Kind.LINEAR
+
+
+def task_type(config: Mapping[str, Any]) -> str | None:
+    """PEFT's task type from the architecture's name, None where it has none."""
+    for architecture in config.get("architectures") or ():
+        for ending, task in _TASKS.items():
+            if str(architecture).endswith(ending):
+                return task
+    return None
+
+
+def all_modules(checkpoint: Checkpoint) -> set[str]:
+    """Paths of all modules and containers that hold a tensor."""
+    modules: set[str] = set()
+    for tensor in checkpoint.tensors:
+        parts = module_of(tensor).split(".")
+        modules.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+    return modules - {""}
+
+
+def target_modules(targets: Collection[str], modules: Collection[str]) -> list[str]:
+    """Shortest list that makes PEFT target exactly these modules.
+
+    Leaf names where every module of that leaf is targeted, whole paths otherwise.
+
+    Example:
+      >>> target_modules(["a.q", "b.q", "a.k"], ["a", "b", "a.q", "b.q", "a.k", "b.k"])
+      ['a.k', 'q']
+    """
+    chosen = set(targets)
+    by_leaf: dict[str, set[str]] = {}
+    for module in modules:
+        by_leaf.setdefault(leaf_of(module), set()).add(module)
+    names: set[str] = set()
+    for module in chosen:
+        leaf = leaf_of(module)
+        names.add(leaf if by_leaf.get(leaf, set()) <= chosen else module)
+    return sorted(names)
+
+
+def pattern_key(module: str, modules: Collection[str]) -> str:
+    """Key of ``rank_pattern``: the path, anchored where it also ends another module's path."""
+    ambiguous = any(other.endswith("." + module) for other in modules)
+    return f"^{module}" if ambiguous else module

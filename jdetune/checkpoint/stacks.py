@@ -1,0 +1,118 @@
+"""Python calls: merged checkpoints to stacks, recoveries to folders."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jdetune.checkpoint.adapters import AdapterFiles, write_adapter
+from jdetune.checkpoint.index import Checkpoint, open_checkpoint
+from jdetune.checkpoint.manifest import read_stack, select
+from jdetune.checkpoint.reader import raw_bytes, read_tensor
+from jdetune.checkpoint.writer import save_like
+from jdetune.errors import InputError
+from jdetune.result import Recovery
+from jdetune.status import Status
+
+
+def load_stack(paths: Sequence[str | Path], include: str | None = None) -> dict[str, np.ndarray]:
+    """Reads the merged matrices of several checkpoints.
+
+    Args:
+      paths: folders or ``.safetensors`` files of merged models.
+      include: regular expression on tensor names; every matching matrix is read, whether the
+        models differ in it or not. If left out: all matrices in which they differ.
+
+    Returns:
+      Tensor name to [model, row, col], in the dtype of the files and the order of the first.
+
+    Raises:
+      InputError: no model is given, one cannot be read, or no matrix is left.
+    """
+    if not paths:
+        raise InputError("no model is given. Give the paths of merged models of one base.")
+    checkpoints = [open_checkpoint(path) for path in paths]
+    wanted = select(include)
+    stacks: dict[str, np.ndarray] = {}
+    for name, info in checkpoints[0].tensors.items():
+        kinds = {
+            (c.tensors[name].shape, c.tensors[name].dtype) if name in c.tensors else None
+            for c in checkpoints
+        }
+        if not (info.is_matrix and wanted(name) and kinds == {(info.shape, info.dtype)}):
+            continue
+        if include is not None or _differs(checkpoints, name):
+            stacks[name] = read_stack(checkpoints, name)
+    if not stacks:
+        what = "matches include" if include is not None else "differs between the models"
+        raise InputError(f"no matrix {what}. Check that the models are fine-tunes of one base.")
+    return stacks
+
+
+def save_base(recovery: Mapping[str, Recovery], template: str | Path, out: str | Path) -> None:
+    """Writes the recovered base as a checkpoint folder.
+
+    Args:
+      recovery: what ``recover`` returned for a mapping of names.
+      template: one of the merged models; gives shard layout, config, tokenizer and every tensor
+        that was not recovered. Matrices whose status has no base are left out.
+      out: folder to write.
+    """
+    checkpoint = open_checkpoint(template)
+
+    def get_tensor(name: str) -> np.ndarray | None:
+        if name not in recovery:
+            return read_tensor(checkpoint, name)
+        found = recovery[name]
+        return np.asarray(found.base) if Status(int(found.status)).has_base else None
+
+    save_like(checkpoint, out, get_tensor)
+
+
+def save_adapters(
+    recovery: Mapping[str, Recovery],
+    template: str | Path,
+    out: str | Path,
+    names: Sequence[str] | None = None,
+) -> list[AdapterFiles]:
+    """Writes every model's update as a PEFT adapter folder.
+
+    Args:
+      recovery: what ``recover`` returned for a mapping of names.
+      template: one of the merged models; gives module names and config.
+      out: folder that gets one folder a model.
+      names: the models' folder names; ``model-1``, ``model-2``, ... if left out.
+
+    Returns:
+      What was written, a model each.
+    """
+    checkpoint = open_checkpoint(template)
+    usable = {n: r for n, r in recovery.items() if Status(int(r.status)).has_base}
+    n_models = max((np.size(r.ranks) for r in recovery.values()), default=0)
+    if names is None:
+        names = [f"model-{i + 1}" for i in range(n_models)]
+    if len(names) != n_models:
+        raise ValueError(f"got {len(names)} names for {n_models} models")
+    return [
+        write_adapter(Path(out) / name, factors_of(usable, i), checkpoint)
+        for i, name in enumerate(names)
+    ]
+
+
+def factors_of(
+    recovery: Mapping[str, Recovery], model: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """One model's factors by tensor name, cut to its rank."""
+    factors = {}
+    for name, found in recovery.items():
+        rank = int(np.asarray(found.ranks)[model])
+        left = np.asarray(found.adapters.left[model])[:, :rank]
+        factors[name] = (left, np.asarray(found.adapters.right[model])[:rank])
+    return factors
+
+
+def _differs(checkpoints: Sequence[Checkpoint], name: str) -> bool:
+    first = raw_bytes(read_tensor(checkpoints[0], name))
+    return any(
+        not np.array_equal(first, raw_bytes(read_tensor(other, name))) for other in checkpoints[1:]
+    )

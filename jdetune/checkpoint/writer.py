@@ -1,0 +1,153 @@
+"""Writes weights and text so that a file is either whole or not there.
+
+``save_safetensors`` is the only place in jdetune that writes tensors: the library's own function
+silently writes wrong values for arrays that are not C-contiguous.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jdetune.checkpoint.index import INDEX_NAME, Checkpoint
+from jdetune.checkpoint.reader import raw_bytes
+from jdetune.errors import OutputError
+
+_PT = {"format": "pt"}
+
+
+def save_safetensors(
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes tensors to a file: temporary name, read back, compare, rename.
+
+    Args:
+      path: where the file goes; its folder is made.
+      tensors: name to array of any memory order, NumPy or what ``np.asarray`` takes.
+      metadata: text for the header, ``{"format": "pt"}`` if left out (loaders ask for it).
+
+    Raises:
+      OutputError: it cannot be written, or what was read back differs.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dense = {name: np.ascontiguousarray(np.asarray(value)) for name, value in tensors.items()}
+    # ascontiguousarray makes 0-D arrays 1-D
+    dense = {name: value.reshape(np.shape(tensors[name])) for name, value in dense.items()}
+    temporary = _temporary(path)
+    try:
+        save_file(dense, temporary, metadata=dict(_PT if metadata is None else metadata))
+        _sync(temporary)
+        _read_back(temporary, dense)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error}). Check space and rights."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """Writes a text file under a temporary name and renames it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error}). Check space and rights."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path: str | Path, value: Mapping[str, Any], sort_keys: bool = False) -> None:
+    """Writes JSON, indented by two; NaN is an error, since JSON has none."""
+    text = json.dumps(value, indent=2, sort_keys=sort_keys, allow_nan=False, ensure_ascii=False)
+    save_text(path, text + "\n")
+
+
+def save_like(
+    template: Checkpoint,
+    out: str | Path,
+    get_tensor: Callable[[str], np.ndarray | None],
+    side_files: bool = True,
+) -> int:
+    """Writes a checkpoint with the shard layout of another, one shard in memory at a time.
+
+    Args:
+      template: gives shards, order and side files.
+      out: folder to write to.
+      get_tensor: the array of a name, or None to leave the tensor out.
+      side_files: copy config and tokenizer files along.
+
+    Returns:
+      Number of parameters written.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    n_bytes = n_parameters = 0
+    names = _shard_names(template)
+    for file in template.files:
+        wanted = [name for name, info in template.tensors.items() if info.file == file]
+        arrays = {name: get_tensor(name) for name in wanted}
+        kept = {name: array for name, array in arrays.items() if array is not None}
+        save_safetensors(out / names[file], kept)
+        weight_map.update(dict.fromkeys(kept, names[file]))
+        n_bytes += sum(array.nbytes for array in kept.values())
+        n_parameters += sum(array.size for array in kept.values())
+    if len(template.files) > 1:
+        metadata = {"total_parameters": n_parameters, "total_size": n_bytes}
+        index = {"metadata": metadata, "weight_map": weight_map}
+        save_json(out / INDEX_NAME, index, sort_keys=True)
+    if side_files:
+        copy_side_files(template, out)
+    return n_parameters
+
+
+def copy_side_files(template: Checkpoint, out: str | Path) -> None:
+    """Copies the config and tokenizer files of a checkpoint."""
+    for name in template.side_files:
+        target = Path(out) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(template.root / name, target)
+
+
+def _shard_names(template: Checkpoint) -> dict[str, str]:
+    """Shard names as they are, but a single file always becomes model.safetensors."""
+    if len(template.files) == 1:
+        return {template.files[0]: "model.safetensors"}
+    return {name: name for name in template.files}
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _read_back(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    with safe_open(path, framework="np") as handle:
+        if set(handle.keys()) != set(tensors):
+            raise OutputError(f"{path}: read back with other tensors than were written.")
+        for name, written in tensors.items():
+            read = handle.get_tensor(name)
+            same = read.dtype == written.dtype and read.shape == written.shape
+            if not same or not np.array_equal(raw_bytes(read), raw_bytes(written)):
+                raise OutputError(
+                    f"{path}: tensor {name} read back differs from what was written. Check the disk."
+                )

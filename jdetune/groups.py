@@ -1,0 +1,187 @@
+"""Solves a group of same-shaped layers: host loops around the compiled solvers."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from jdetune import linalg
+from jdetune.factors import balanced_factors
+from jdetune.solvers import intersection
+from jdetune.solvers.intersection import PairFactors, Scales, SubspaceIntersection
+from jdetune.status import Status
+
+#: First sketch width; it doubles while a pair's rank comes within ``HEADROOM`` of it.
+FIRST_WIDTH = 48
+HEADROOM = 8
+#: Layers that a GPU or TPU works on at a time.
+ACCELERATOR_LAYERS = 8
+#: A residual above this many times the rounding error is not rounding.
+RESIDUAL_LIMIT = {"float64": 2.0, "float32": 10.0}
+
+
+class LayerResult(NamedTuple):
+    """One layer on the host; ``left`` and ``right`` have a rank axis of the layer's largest rank."""
+
+    base: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    ranks: np.ndarray
+    status: Status
+    stats: dict[str, float]
+
+
+def failed(stack: np.ndarray | Array, status: Status) -> LayerResult:
+    """A layer without a base: NaN, rank 0, and the status that says why."""
+    n_models, row, col = stack.shape
+    return LayerResult(
+        base=np.full((row, col), np.nan, stack.dtype),
+        left=np.zeros((n_models, row, 1), np.float32),
+        right=np.zeros((n_models, 1, col), np.float32),
+        ranks=np.zeros(n_models, np.int32),
+        status=status,
+        stats={},
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("width", "dtype", "batch_size"))
+def _factor(
+    weights: Float[Array, "layer model row col"], width: int, dtype: jnp.dtype, batch_size: int
+) -> tuple[PairFactors, Scales, Array]:
+    run = functools.partial(
+        intersection.factor_pairs, width=width, dtype=dtype, batch_size=batch_size
+    )
+    factors, scales = jax.vmap(run)(weights)
+    return factors, scales, jax.vmap(lambda f: f.ranks)(factors)
+
+
+@functools.partial(jax.jit, static_argnames=("max_rank",))
+def _intersect(
+    weights: Float[Array, "layer model row col"],
+    factors: PairFactors,
+    scales: Scales,
+    max_rank: int,
+) -> dict[str, Array]:
+    def one(weights: Array, factors: PairFactors, scales: Scales) -> dict[str, Array]:
+        found = intersection.intersect(weights, factors, scales, max_rank)
+        left, right = balanced_factors(found.left, found.core, found.right, found.ranks)
+        return {
+            "base": found.base.astype(weights.dtype),
+            "left": left.astype(jnp.float32),
+            "right": right.astype(jnp.float32),
+            "ranks": found.ranks,
+            "agree": found.agree,
+            "shared": found.shared,
+            "residual_ratio": found.residual_ratio.astype(jnp.float32),
+            "shared_margin": found.shared_margin.astype(jnp.float32),
+            "rank_gap": found.rank_gap.astype(jnp.float32),
+        }
+
+    return jax.vmap(one)(weights, factors, scales)
+
+
+def _chunks(count: int, size: int) -> Iterator[list[int]]:
+    """Index lists of one fixed size, so that one program serves all; the last is filled up."""
+    for start in range(0, count, size):
+        chunk = list(range(start, min(start + size, count)))
+        yield chunk + [chunk[-1]] * (size - len(chunk))
+
+
+def intersect_group(
+    layers: Sequence[np.ndarray | Array], solver: SubspaceIntersection
+) -> Iterator[LayerResult]:
+    """Closed form for finite same-shaped layers of three models or more, in order.
+
+    Args:
+      layers: [model, row, col] each, one shape and dtype.
+      solver: hyperparameters.
+
+    Yields:
+      One result a layer.
+    """
+    dtype = linalg.resolve_dtype(solver.precision)
+    on_cpu = jax.default_backend() == "cpu"
+    pairs = len(intersection.plan_pairs(layers[0].shape[0]).first)
+    size = 1 if on_cpu else min(ACCELERATOR_LAYERS, len(layers))
+    batch_size = 1 if on_cpu else pairs
+    smaller = min(layers[0].shape[1:])
+    width = min(FIRST_WIDTH, smaller)
+    for chunk in _chunks(len(layers), size):
+        weights = jnp.stack([jnp.asarray(layers[index]) for index in chunk])
+        with linalg.scope(dtype):
+            while True:
+                factors, scales, ranks = _factor(weights, width, dtype, batch_size)
+                pair_ranks = np.asarray(ranks)
+                if width == smaller or pair_ranks.max() + HEADROOM <= width:
+                    break
+                width = min(2 * width, smaller)
+            verdicts = [_feasible(ranks, smaller) for ranks in pair_ranks]
+            solved = _solve_feasible(weights, factors, scales, pair_ranks, verdicts)
+        for position, index in enumerate(chunk[: len(set(chunk))]):
+            if verdicts[position] is not Status.OK:
+                yield failed(layers[index], verdicts[position])
+            else:
+                one = {name: value[position] for name, value in solved.items()}
+                yield _finish(layers[index], one, dtype)
+
+
+def _solve_feasible(
+    weights: Array, factors: PairFactors, scales: Scales, pair_ranks: np.ndarray, verdicts: list
+) -> dict[str, np.ndarray]:
+    feasible = [v is Status.OK for v in verdicts]
+    if not any(feasible):
+        return {}
+    largest = int(max(_largest_rank(ranks) for ranks in pair_ranks[feasible]))
+    max_rank = min(-(-max(largest, 1) // 8) * 8, factors.values.shape[-1] // 2)
+    solved = _intersect(weights, factors, scales, max(max_rank, 1))
+    return {name: np.asarray(value) for name, value in solved.items()}
+
+
+def _largest_rank(pair_ranks: np.ndarray) -> int:
+    """Largest rank that any triple gives, rounded up."""
+    count = _models_of(len(pair_ranks))
+    r = pair_ranks[intersection.plan_pairs(count).triples]
+    return int(max(0, np.max(r[..., 0] + r[..., 1] - r[..., 2] + 1) // 2))
+
+
+def _models_of(n_pairs: int) -> int:
+    return next(n for n in range(3, n_pairs + 3) if len(intersection.plan_pairs(n).first) == n_pairs)
+
+
+def _feasible(pair_ranks: np.ndarray, smaller: int) -> Status:
+    """Whether the ranks of the differences fit the shape at all."""
+    if pair_ranks.max() >= smaller:
+        return Status.NOT_LOW_RANK
+    r = pair_ranks[intersection.plan_pairs(_models_of(len(pair_ranks))).triples]
+    if np.max(r.sum(axis=-1)) > 2 * smaller:
+        return Status.RANK_TOO_LARGE
+    return Status.OK
+
+
+def _finish(
+    stack: np.ndarray | Array, found: dict[str, np.ndarray], dtype: jnp.dtype
+) -> LayerResult:
+    stats = {
+        name: float(found[name]) for name in ("residual_ratio", "rank_gap", "shared_margin")
+    }
+    if not found["agree"] or found["shared"]:
+        return failed(stack, Status.SHARED_DIRECTIONS)._replace(stats=stats)
+    if not stats["residual_ratio"] < RESIDUAL_LIMIT[str(dtype)]:
+        return failed(stack, Status.NOT_LOW_RANK)._replace(stats=stats)
+    status = Status.OK
+    if not found["ranks"].any() and bool((stack != stack[:1]).any()):
+        status = Status.NOISE_DOMINATED
+    rank = max(int(found["ranks"].max()), 1)
+    return LayerResult(
+        base=found["base"],
+        left=found["left"][:, :, :rank],
+        right=found["right"][:, :rank],
+        ranks=found["ranks"],
+        status=status,
+        stats=stats,
+    )

@@ -1,0 +1,149 @@
+"""Dense linear algebra with its precision stated: the only file that calls ``jnp.linalg``.
+
+Every product asks for full precision by name, because the default is TF32 on NVIDIA GPUs and
+bfloat16 on TPUs. Inside a scope of ``jax.enable_x64`` the work is done in float64 with Gram
+matrices and eigh, which are truly batched on GPUs; in float32 (TPU) it falls back to Householder QR
+and to sums in blocks. No batched triangular or linear solve is used anywhere: two of them in one
+program deadlock on the CPU of jaxlib 0.10.2.
+"""
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+Precision: TypeAlias = Literal["auto", "float64", "float32"]
+
+#: Blocks that a long float32 product is split into, so that rounding grows with the block.
+FLOAT32_BLOCKS = 16
+
+
+def resolve_dtype(precision: Precision) -> jnp.dtype:
+    """Dtype of the small dense algebra: float64, but float32 where there is none (TPU).
+
+    Example:
+      >>> str(resolve_dtype("float32"))
+      'float32'
+    """
+    if precision not in ("auto", "float64", "float32"):
+        raise ValueError(f"precision is auto, float64 or float32, got {precision!r}")
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "tpu" else "float64"
+    return jnp.dtype(precision)
+
+
+def scope(dtype: jnp.dtype):
+    """Context in which arrays of ``dtype`` can be made; JAX's global setting stays untouched."""
+    return jax.enable_x64(dtype == jnp.float64)
+
+
+def contract(spec: str, *operands: Array) -> Array:
+    """``jnp.einsum`` at full precision; operands share one dtype."""
+    return jnp.einsum(spec, *operands, precision=lax.Precision.HIGHEST)
+
+
+def matmul(a: Float[Array, "*b m k"], b: Float[Array, "*b k n"]) -> Float[Array, "*b m n"]:
+    """Matrix product at full precision."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def long_matmul(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
+    """Matrix product over a long axis; in float32 summed in blocks with compensation.
+
+    The error of a float32 sum grows with its length. Blocks keep the partial sums short, and the
+    blocks are added with Neumaier's compensated sum.
+    """
+    length = a.shape[1]
+    if a.dtype != jnp.float32 or length < 4 * FLOAT32_BLOCKS:
+        return matmul(a, b)
+    pad = -length % FLOAT32_BLOCKS
+    a_blocks = jnp.pad(a, ((0, 0), (0, pad))).reshape(a.shape[0], FLOAT32_BLOCKS, -1)
+    b_blocks = jnp.pad(b, ((0, pad), (0, 0))).reshape(FLOAT32_BLOCKS, -1, b.shape[1])
+    parts = contract("mbk,bkn->bmn", a_blocks, b_blocks)
+    total, rest = parts[0], jnp.zeros_like(parts[0])
+    for part in parts[1:]:
+        total, error = two_sum(total, part)
+        rest = rest + error
+    return total + rest
+
+
+def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """Rounded sum of two arrays and its exact rounding error (Knuth)."""
+    total = a + b
+    virtual = total - a
+    return total, (a - (total - virtual)) + (b - virtual)
+
+
+def orthonormalize(y: Float[Array, "row width"]) -> Float[Array, "row width"]:
+    """Orthonormal basis of the columns; columns that are numerically zero stay (nearly) zero.
+
+    In float64: two rounds of whitening by the eigenvectors of the Gram matrix, with a floor on the
+    eigenvalues. CholeskyQR breaks down here, because a sketch wider than the rank is singular to
+    working precision. In float32: Householder QR.
+    """
+    if y.dtype == jnp.float32:
+        return jnp.linalg.qr(y)[0]
+    return _whiten(_whiten(y))
+
+
+def _whiten(y: Float[Array, "row width"]) -> Float[Array, "row width"]:
+    values, vectors = jnp.linalg.eigh(matmul(y.T, y))
+    info = jnp.finfo(y.dtype)
+    floor = jnp.maximum(values[-1] * (info.eps * y.shape[1]), info.tiny)
+    return matmul(y, vectors * lax.rsqrt(jnp.maximum(values, floor)))
+
+
+def eigh_descending(
+    symmetric: Float[Array, "*b n n"],
+) -> tuple[Float[Array, "*b n"], Float[Array, "*b n n"]]:
+    """Eigenvalues, largest first, and eigenvectors as columns."""
+    values, vectors = jnp.linalg.eigh(symmetric)
+    return values[..., ::-1], vectors[..., ::-1]
+
+
+def svd_square(
+    square: Float[Array, "n n"],
+) -> tuple[Float[Array, "n n"], Float[Array, "n"], Float[Array, "n n"]]:
+    """Singular value decomposition of a small square matrix: left, values, right (as columns).
+
+    LAPACK's SVD on CPU. Elsewhere the eigenvectors of [[0, B], [B^T, 0]], because batched SVD is a
+    host loop on GPUs and slow to compile on TPUs; unlike eigh of B^T B this does not square the
+    condition number. Singular vectors of values at rounding level are then not orthonormal.
+    """
+    return lax.platform_dependent(square, cpu=_svd_lapack, default=_svd_jordan_wielandt)
+
+
+def _svd_lapack(square: Array) -> tuple[Array, Array, Array]:
+    left, values, right = jnp.linalg.svd(square)
+    return left, values, right.T
+
+
+def _svd_jordan_wielandt(square: Array) -> tuple[Array, Array, Array]:
+    n = square.shape[0]
+    zero = jnp.zeros_like(square)
+    values, vectors = eigh_descending(jnp.block([[zero, square], [square.T, zero]]))
+    vectors = vectors[:, :n] * jnp.sqrt(jnp.asarray(2, square.dtype))
+    return vectors[:n], jnp.maximum(values[:n], 0), vectors[n:]
+
+
+def inverse_psd(symmetric: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
+    """Pseudoinverse of a positive semidefinite matrix; its null space (masked axes) stays null."""
+    values, vectors = jnp.linalg.eigh(symmetric)
+    floor = values[..., -1:] * (jnp.finfo(symmetric.dtype).eps * symmetric.shape[-1])
+    safe = jnp.where(values > floor, values, 1)
+    weights = jnp.where(values > floor, 1 / safe, 0)
+    return contract("...ik,...k,...jk->...ij", vectors, weights, vectors)
+
+
+def map_batched(function: Callable, operands, batch_size: int):
+    """``jax.vmap`` over the leading axis in chunks of ``batch_size``, one after another.
+
+    One at a time keeps 2-D products on the CPU, where they are fastest; GPUs want batches.
+    """
+    length = jax.tree.leaves(operands)[0].shape[0]
+    if batch_size >= length:
+        return jax.vmap(function)(operands)
+    return lax.map(function, operands, batch_size=None if batch_size <= 1 else batch_size)

@@ -1,0 +1,191 @@
+"""The one verb: base weights and LoRA factors from stacks of merged weights."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdetune.errors import RecoveryFailed
+from jdetune.groups import LayerResult, failed, intersect_group
+from jdetune.result import Adapters, Recoveries, Recovery
+from jdetune.solvers.intersection import SubspaceIntersection
+from jdetune.stack import as_mapping, distinct_models, group_layers
+from jdetune.status import Status
+from jdetune.types import Array
+
+Solver: TypeAlias = SubspaceIntersection
+
+#: Called with the number of layers done and the number of all layers.
+Progress: TypeAlias = Callable[[int, int], None]
+
+
+@overload
+def recover(
+    stack: Array,
+    solver: Solver | None = None,
+    *,
+    throw: bool = False,
+    progress: Progress | None = None,
+) -> Recovery: ...
+
+
+@overload
+def recover(
+    stack: Mapping[str, Array],
+    solver: Solver | None = None,
+    *,
+    throw: bool = False,
+    progress: Progress | None = None,
+) -> Recoveries: ...
+
+
+def recover(
+    stack: Array | Mapping[str, Array],
+    solver: Solver | None = None,
+    *,
+    throw: bool = False,
+    progress: Progress | None = None,
+) -> Recovery | Recoveries:
+    r"""Recovers the base and every model's update from merged weights.
+
+    Given :math:`W'_i = \mathrm{round}(W + B_i A_i)` for three models or more, finds W, the ranks
+    and the factors; nothing else is needed. Whatever all models have in common is part of W.
+
+    Args:
+      stack: merged weights as stored (float32, float16 or bfloat16; NumPy or JAX):
+        [model, row, col], [layer, model, row, col], or a mapping of names to [model, row, col]
+        of any shapes.
+      solver: ``SubspaceIntersection()`` by default, or ``SpectralDeTuning(rank=...)``.
+      throw: raise if any layer's status is not OK.
+      progress: called with (layers done, layers in all).
+
+    Returns:
+      A ``Recovery`` (no layer axis for a 3-D stack), or ``Recoveries`` by name for a mapping.
+      Arrays are NumPy if the input was, else JAX. A layer that cannot be recovered has a status
+      other than 0 and a base of NaN.
+
+    Raises:
+      ValueError: shapes, dtypes or types that cannot be a stack.
+      RecoveryFailed: with ``throw``, naming the layers, causes and remedies.
+
+    Source: design of this library; the task is that of Horwitz, Kahana and Hoshen,
+    "Recovering the Pre-Fine-Tuning Weights of Generative Models", ICML 2024 (arXiv 2402.10208).
+
+    Example:
+      >>> from jdetune import synth
+      >>> family = synth.family(n_models=3, row=64, col=48, rank=4, seed=0)
+      >>> recovery = recover(family.merged)
+      >>> recovery.ranks.tolist(), int(recovery.status)
+      ([4, 4, 4], 0)
+    """
+    solver = SubspaceIntersection() if solver is None else solver
+    if not isinstance(solver, SubspaceIntersection):
+        raise ValueError(f"solver is a jdetune solver, got {type(solver).__name__}")
+    layers = as_mapping(stack)
+    kept = distinct_models(layers)
+    n_models = next(iter(layers.values())).shape[0]
+    if len(kept) < n_models:
+        dropped = sorted(set(range(n_models)) - set(kept))
+        warnings.warn(
+            f"models {dropped} equal an earlier model in every tensor and add nothing; "
+            "they share its ranks and adapters",
+            stacklevel=2,
+        )
+    source = [_first_equal(layers, model, kept) for model in range(n_models)]
+    results = _solve_all(layers, kept, source, solver, progress)
+    if throw:
+        _raise_failures({name: result.status for name, result in results.items()})
+    if isinstance(stack, Mapping):
+        return Recoveries(
+            {name: _recovery([result], stack[name]).layer(0) for name, result in results.items()}
+        )
+    recovery = _recovery(list(results.values()), stack)
+    return recovery if stack.ndim == 4 else recovery.layer(0)
+
+
+def _first_equal(layers: Mapping[str, Array], model: int, kept: Sequence[int]) -> int:
+    """Position in ``kept`` of the model that equals ``model``."""
+    if model in kept:
+        return kept.index(model)
+    pair = [position for position, other in enumerate(kept) if other < model]
+    return next(
+        position
+        for position in pair
+        if all(bool((x[model] == x[kept[position]]).all()) for x in layers.values())
+    )
+
+
+def _solve_all(
+    layers: dict[str, Array],
+    kept: Sequence[int],
+    source: Sequence[int],
+    solver: Solver,
+    progress: Progress | None,
+) -> dict[str, LayerResult]:
+    results: dict[str, LayerResult] = {}
+    for group in group_layers(layers):
+        stacks = [layers[name] for name in group.names]
+        for name, result in zip(group.names, _solve_group(stacks, kept, solver), strict=True):
+            results[name] = result._replace(
+                left=result.left[source], right=result.right[source], ranks=result.ranks[source]
+            )
+            if progress is not None:
+                progress(len(results), len(layers))
+    return {name: results[name] for name in layers}
+
+
+def _solve_group(
+    stacks: Sequence[Array], kept: Sequence[int], solver: Solver
+) -> Iterator[LayerResult]:
+    distinct = [stack[np.asarray(kept)] for stack in stacks]
+    if len(kept) < 3:
+        yield from (failed(stack, Status.TOO_FEW_MODELS) for stack in distinct)
+        return
+    finite = [bool(np.isfinite(np.asarray(stack, np.float32)).all()) for stack in distinct]
+    usable = [stack for stack, good in zip(distinct, finite, strict=True) if good]
+    solved = intersect_group(usable, solver) if usable else iter(())
+    for stack, good in zip(distinct, finite, strict=True):
+        yield next(solved) if good else failed(stack, Status.NON_FINITE)
+
+
+def _raise_failures(status: Mapping[str, Status]) -> None:
+    bad = {name: code for name, code in status.items() if code is not Status.OK}
+    if bad:
+        lines = [f"{name}: {code.name}: {code.message}" for name, code in bad.items()]
+        raise RecoveryFailed(f"{len(bad)} of {len(status)} layers failed\n" + "\n".join(lines))
+
+
+def _recovery(results: Sequence[LayerResult], like: Array) -> Recovery:
+    """Stacks results along a layer axis, in the array type of ``like``."""
+    rank = max(result.left.shape[2] for result in results)
+    names = sorted({name for result in results for name in result.stats})
+
+    def column(name: str) -> np.ndarray:
+        return np.array([result.stats.get(name, np.nan) for result in results], np.float32)
+
+    unknown = np.full(len(results), np.nan, np.float32)
+    recovery = Recovery(
+        base=np.stack([result.base for result in results]),
+        ranks=np.stack([result.ranks for result in results]),
+        adapters=Adapters(
+            left=np.stack(
+                [_pad(result.left, (0, 0, rank - result.left.shape[2])) for result in results]
+            ),
+            right=np.stack(
+                [_pad(result.right, (0, rank - result.right.shape[1], 0)) for result in results]
+            ),
+        ),
+        status=np.array([result.status for result in results], np.int32),
+        predicted_error=unknown,
+        exact_fraction=unknown,
+        amplification=unknown,
+        stats={name: column(name) for name in names},
+    )
+    return recovery if isinstance(like, np.ndarray) else jax.tree.map(jnp.asarray, recovery)
+
+
+def _pad(array: np.ndarray, after: tuple[int, ...]) -> np.ndarray:
+    return np.pad(array, [(0, count) for count in after])

@@ -1,0 +1,301 @@
+r"""Subspace intersection: base and updates in closed form, with ranks found from the data.
+
+The difference of two models needs no base: :math:`D_{ij} = W'_i - W'_j = M_i - M_j` up to rounding.
+For generic updates its column space is :math:`\mathrm{col}(M_i) + \mathrm{col}(M_j)`, so that of
+one update is the intersection of the column spaces of its differences, and
+
+.. math::
+   [U_i\,U_j]^+ D_{ij} ([V_i\,V_j]^+)^T = \mathrm{blockdiag}(X_i, -X_j), \qquad
+   W = \mathrm{mean}_i(W'_i - U_i X_i V_i^T).
+
+There is no iteration count, no rank to guess and no schedule; pairs at ring offsets one and two
+make the work linear in the number of models.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jdetune import linalg
+from jdetune.noise import pair_edge, ulp
+from jdetune.ranks import PairPlan, model_ranks, plan_pairs
+
+#: A further common direction is called shared if its misfit is within this many times the rounding.
+SHARED_TOLERANCE = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SubspaceIntersection:
+    """The default solver: closed form, three models or more, ranks from the data.
+
+    Attributes:
+      precision: dtype of the dense algebra. ``auto`` is float64 where the hardware has it, and
+        float32 on TPU.
+
+    Example:
+      >>> SubspaceIntersection().precision
+      'auto'
+    """
+
+    precision: linalg.Precision = "auto"
+
+
+class Scales(NamedTuple):
+    """Rounding error as a product of a row and a column factor; differences are divided by it."""
+
+    row: Float[Array, "row"]
+    col: Float[Array, "col"]
+
+
+class PairFactors(NamedTuple):
+    """Truncated singular value decompositions of whitened pairwise differences, pair first."""
+
+    left: Float[Array, "pair row width"]
+    values: Float[Array, "pair width"]
+    right: Float[Array, "pair col width"]
+    edge: Float[Array, "pair"]
+
+    @property
+    def ranks(self) -> Int[Array, "pair"]:
+        """Number of singular values above the noise edge."""
+        return jnp.sum(self.values > self.edge[:, None], axis=1, dtype=jnp.int32)
+
+
+class Solution(NamedTuple):
+    """One layer, solved: the base and the updates as left @ core @ right^T."""
+
+    base: Float[Array, "row col"]
+    left: Float[Array, "model row rank"]
+    core: Float[Array, "model rank rank"]
+    right: Float[Array, "model col rank"]
+    ranks: Int[Array, "model"]
+    agree: Bool[Array, ""]
+    shared: Bool[Array, ""]
+    residual_ratio: Float[Array, ""]
+    shared_margin: Float[Array, ""]
+    rank_gap: Float[Array, ""]
+
+
+def noise_scales(weights: Float[Array, "model row col"], dtype: jnp.dtype) -> Scales:
+    """Row and column factors of the rounding error, relative to its rms.
+
+    The outer product of the factors fits ulp(W')^2, averaged over models, as a rank-one matrix.
+    Rows without noise (all zero) get a small positive factor.
+    """
+    total = sum(jnp.square(ulp(model).astype(dtype)) for model in weights)
+    mean = jnp.maximum(jnp.mean(total), jnp.finfo(dtype).tiny)
+    floor = jnp.asarray(1e-6, dtype)
+    row = jnp.sqrt(jnp.maximum(jnp.mean(total, axis=1) / mean, floor))
+    col = jnp.sqrt(jnp.maximum(jnp.mean(total, axis=0) / mean, floor))
+    return Scales(row, col)
+
+
+def factor_pairs(
+    weights: Float[Array, "model row col"], width: int, dtype: jnp.dtype, batch_size: int
+) -> tuple[PairFactors, Scales]:
+    """Singular triplets of all pairwise differences, by a sketch and one power step.
+
+    Args:
+      weights: merged weights of one layer as stored.
+      width: sketch width; a rank within 8 of it may have been cut off.
+      dtype: dtype of the algebra.
+      batch_size: pairs that are worked on at a time.
+
+    Returns:
+      Factors of the whitened differences, and the scales they were whitened with.
+    """
+    plan = plan_pairs(weights.shape[0])
+    scales = noise_scales(weights, dtype)
+    sketch = jax.random.rademacher(jax.random.key(0), (weights.shape[2], width), dtype)
+
+    def factor(pair: tuple[Array, Array]) -> PairFactors:
+        first, second = weights[pair[0]], weights[pair[1]]
+        difference = first.astype(dtype) - second.astype(dtype)
+        difference = difference / scales.row[:, None] / scales.col
+        basis = linalg.orthonormalize(linalg.long_matmul(difference, sketch))
+        right = linalg.orthonormalize(linalg.long_matmul(difference.T, basis))
+        image = linalg.long_matmul(difference, right)
+        basis = linalg.orthonormalize(image)
+        left, values, turn = linalg.svd_square(linalg.matmul(basis.T, image))
+        variance = jnp.square(ulp(first).astype(dtype)) + jnp.square(ulp(second).astype(dtype))
+        edge = pair_edge(variance / 12 / jnp.square(scales.row)[:, None] / jnp.square(scales.col))
+        if dtype == jnp.float32:
+            edge = edge + values[0] * jnp.finfo(dtype).eps * 2
+        return PairFactors(
+            linalg.matmul(basis, left), values, linalg.matmul(right, turn), edge.astype(dtype)
+        )
+
+    pairs = (jnp.asarray(plan.first), jnp.asarray(plan.second))
+    return linalg.map_batched(factor, pairs, batch_size), scales
+
+
+def _common_directions(
+    basis: Float[Array, "pair side width"], angle: Float[Array, "pair width"], plan: PairPlan
+) -> tuple[Float[Array, "model side width"], Float[Array, "model width"], Array]:
+    """Directions by how far they lie in all of a model's differences, best first.
+
+    Returns the directions, their misfit (partners minus eigenvalue of the sum of projectors: zero
+    for a direction in all of them) and the misfit that rounding alone explains.
+    """
+    partners = plan.partner.shape[1]
+    width = basis.shape[2]
+    stacked = basis[plan.partner]
+    gram = linalg.contract("mpsw,mqsv->mpwqv", stacked, stacked)
+    gram = gram.reshape(plan.partner.shape[0], partners * width, partners * width)
+    values, vectors = linalg.eigh_descending(gram)
+    values, vectors = values[:, :width], vectors[:, :, :width]
+    vectors = vectors.reshape(-1, partners, width, width)
+    safe = jnp.maximum(values, 0.5)
+    directions = linalg.contract("mpsw,mpwd->msd", stacked, vectors) / jnp.sqrt(safe)[:, None]
+    weight = jnp.square(vectors) * values[:, None, None]
+    explained = jnp.sum(weight * jnp.square(angle[plan.partner])[..., None], axis=(1, 2))
+    return directions, partners - values, explained
+
+
+def intersect(
+    weights: Float[Array, "model row col"],
+    factors: PairFactors,
+    scales: Scales,
+    max_rank: int,
+) -> Solution:
+    """Base and updates of one layer from the factors of its pairwise differences.
+
+    Args:
+      weights: merged weights as stored.
+      factors: from ``factor_pairs``; its width is at least ``2 * max_rank``.
+      scales: the whitening of the factors.
+      max_rank: static size of the rank axis.
+
+    Returns:
+      The solution in the dtype of the factors; the base is not yet rounded to storage.
+    """
+    dtype = factors.values.dtype
+    n_models = weights.shape[0]
+    plan = plan_pairs(n_models)
+    pair_ranks = factors.ranks
+    ranks, agree = model_ranks(pair_ranks, plan)
+    agree &= jnp.all(ranks <= max_rank)
+    ranks = jnp.minimum(ranks, max_rank)
+
+    width = min(2 * max_rank, factors.values.shape[1])
+    keep = jnp.arange(width) < pair_ranks[:, None]
+    values = factors.values[:, :width]
+    left = jnp.where(keep[:, None], factors.left[:, :, :width], 0)
+    right = jnp.where(keep[:, None], factors.right[:, :, :width], 0)
+    values = jnp.where(keep, values, 0)
+    angle = jnp.where(keep, factors.edge[:, None] / jnp.where(keep, values, 1), 0)
+
+    active = jnp.arange(max_rank) < ranks[:, None]
+    sides, margins = [], []
+    for basis in (left, right):
+        directions, misfit, explained = _common_directions(basis, angle, plan)
+        sides.append(jnp.where(active[:, None], directions[:, :, :max_rank], 0))
+        next_one = ranks[:, None]
+        margin = jnp.take_along_axis(misfit / jnp.maximum(explained, 1e-30), next_one, axis=1)
+        inside = next_one[:, 0] < directions.shape[2]
+        margins.append(jnp.min(jnp.where(inside, margin[:, 0], jnp.inf)))
+    shared_margin = jnp.minimum(*margins)
+
+    core = _cores(sides[0], sides[1], left, values, right, plan)
+    core = jnp.where(active[:, :, None] & active[:, None, :], core, 0)
+    sides[0] = sides[0] * scales.row[:, None]
+    sides[1] = sides[1] * scales.col[:, None]
+
+    reference = weights[0].astype(dtype)
+
+    def update(model: Array) -> Array:
+        scaled = linalg.matmul(sides[0][model], core[model])
+        return linalg.matmul(scaled, sides[1][model].T)
+
+    def add(total: Array, model: Array) -> tuple[Array, None]:
+        return total + (weights[model].astype(dtype) - reference) - update(model), None
+
+    models = jnp.arange(n_models)
+    shift, _ = jax.lax.scan(add, jnp.zeros_like(reference), models)
+    shift = shift / n_models
+
+    def misfit(total: Array, model: Array) -> tuple[Array, None]:
+        stored = weights[model]
+        residual = (stored.astype(dtype) - reference) - shift - update(model)
+        noise = jnp.square(ulp(stored).astype(dtype)) / 12
+        return (total[0] + jnp.sum(jnp.square(residual)), total[1] + jnp.sum(noise)), None
+
+    zero = jnp.zeros((), dtype)
+    (squares, noise), _ = jax.lax.scan(misfit, (zero, zero), models)
+    ratio = jnp.sqrt(squares / jnp.maximum(noise * (n_models - 1) / n_models, 1e-37))
+
+    last = jnp.take_along_axis(factors.values, jnp.maximum(pair_ranks - 1, 0)[:, None], axis=1)
+    first_out = jnp.minimum(pair_ranks, factors.values.shape[1] - 1)[:, None]
+    after = jnp.take_along_axis(factors.values, first_out, axis=1)
+    gap = jnp.where(pair_ranks[:, None] > 0, last / jnp.maximum(after, 1e-30), jnp.inf)
+    return Solution(
+        base=reference + shift,
+        left=sides[0],
+        core=core,
+        right=sides[1],
+        ranks=ranks,
+        agree=agree,
+        shared=shared_margin < SHARED_TOLERANCE,
+        residual_ratio=ratio,
+        shared_margin=shared_margin,
+        rank_gap=jnp.min(gap),
+    )
+
+
+def _cores(
+    left: Float[Array, "model row rank"],
+    right: Float[Array, "model col rank"],
+    pair_left: Float[Array, "pair row width"],
+    pair_values: Float[Array, "pair width"],
+    pair_right: Float[Array, "pair col width"],
+    plan: PairPlan,
+) -> Float[Array, "model rank rank"]:
+    """Core of each update, averaged over the pairs it is in."""
+    rank = left.shape[2]
+    joint_left = jnp.concatenate([left[plan.first], left[plan.second]], axis=2)
+    joint_right = jnp.concatenate([right[plan.first], right[plan.second]], axis=2)
+    grams = jnp.concatenate(
+        [
+            linalg.contract("psr,pst->prt", joint_left, joint_left),
+            linalg.contract("psr,pst->prt", joint_right, joint_right),
+        ]
+    )
+    inverse_left, inverse_right = jnp.split(linalg.inverse_psd(grams), 2)
+    seen_left = linalg.contract("psr,psw->prw", joint_left, pair_left) * pair_values[:, None]
+    seen_right = linalg.contract("psr,psw->prw", joint_right, pair_right)
+    middle = linalg.contract("prw,ptw->prt", seen_left, seen_right)
+    blocks = linalg.contract("pab,pbc,pcd->pad", inverse_left, middle, inverse_right)
+    first, second = blocks[:, :rank, :rank], -blocks[:, rank:, rank:]
+    own = jnp.where(
+        jnp.asarray(plan.sign)[:, :, None, None] > 0, first[plan.partner], second[plan.partner]
+    )
+    return jnp.mean(own, axis=1)
+
+
+def solve_layer(
+    weights: Float[Array, "model row col"],
+    max_rank: int,
+    precision: linalg.Precision = "auto",
+    batch_size: int = 1,
+) -> Solution:
+    """The whole closed form for one layer, pure: works under jit, vmap and shard_map.
+
+    Args:
+      weights: merged weights of one layer as stored, float32, float16 or bfloat16.
+      max_rank: static bound on every model's rank; larger ranks show up as ``agree == False``.
+      precision: see ``SubspaceIntersection``.
+      batch_size: pairs that are worked on at a time.
+
+    Returns:
+      The solution; arrays are float64 if the precision is, so trace it inside ``linalg.scope``.
+    """
+    dtype = linalg.resolve_dtype(precision)
+    smaller = min(weights.shape[1:])
+    width = min(2 * max_rank + 10, smaller)
+    with linalg.scope(dtype):
+        factors, scales = factor_pairs(weights, width, dtype, batch_size)
+        return intersect(weights, factors, scales, max_rank)

@@ -1,0 +1,121 @@
+"""Merged weights as stacks: validation, grouping by shape, duplicates."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from jdetune.types import STORAGE_DTYPES, Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Same-shaped layers of one dtype.
+
+    Attributes:
+      names: name of each layer, in the order of the input.
+      shape: (model, row, col) of each layer.
+      dtype: storage dtype by name.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, int, int]
+    dtype: str
+
+
+def check_layer(name: str, stack: Array) -> None:
+    """Raises ValueError unless ``stack`` is [model, row, col] of a storage dtype.
+
+    Example:
+      >>> import numpy as np
+      >>> check_layer("w", np.zeros((3, 2, 2), np.float32))
+    """
+    if not isinstance(stack, np.ndarray | jax.Array):
+        raise ValueError(
+            f"{name}: expected a NumPy or JAX array [model, row, col], got {type(stack).__name__}"
+        )
+    if stack.ndim != 3:
+        raise ValueError(f"{name}: expected axes [model, row, col], got shape {stack.shape}")
+    if 0 in stack.shape:
+        raise ValueError(f"{name}: empty axis in shape {stack.shape}")
+    if str(stack.dtype) not in STORAGE_DTYPES:
+        raise ValueError(
+            f"{name}: dtype {stack.dtype} is not one that models are stored in "
+            f"({', '.join(STORAGE_DTYPES)}); pass the weights as they were stored"
+        )
+
+
+def as_mapping(stack: Array | Mapping[str, Array]) -> dict[str, Array]:
+    """Any accepted input as a mapping of layer names to [model, row, col].
+
+    A 3-D array is one layer named ``weight``, a 4-D array layers named ``layer[0]`` and so on.
+
+    Raises:
+      ValueError: shape, dtype or type that cannot be a stack; models differ in number.
+    """
+    if isinstance(stack, Mapping):
+        layers = dict(stack)
+        if not layers:
+            raise ValueError("the stack is empty: no tensor names")
+    elif not isinstance(stack, np.ndarray | jax.Array):
+        raise ValueError(
+            "expected an array [model, row, col] or [layer, model, row, col], or a mapping of "
+            f"names to [model, row, col]; got {type(stack).__name__}"
+        )
+    elif stack.ndim == 4:
+        if stack.shape[0] == 0:
+            raise ValueError(f"the stack is empty: shape {stack.shape}")
+        layers = {f"layer[{index}]": stack[index] for index in range(stack.shape[0])}
+    elif stack.ndim == 3:
+        layers = {"weight": stack}
+    else:
+        raise ValueError(
+            "expected axes [model, row, col] or [layer, model, row, col], "
+            f"got shape {stack.shape}"
+        )
+    for name, layer in layers.items():
+        check_layer(name, layer)
+    counts = {name: layer.shape[0] for name, layer in layers.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"every tensor needs the same models; the model axes are {counts}")
+    return layers
+
+
+def group_layers(layers: Mapping[str, Array]) -> list[Group]:
+    """Groups of layers with one shape and dtype, in order of first appearance.
+
+    Example:
+      >>> import numpy as np
+      >>> a, b = np.zeros((3, 2, 4), np.float32), np.zeros((3, 4, 4), np.float32)
+      >>> [group.names for group in group_layers({"q": a, "k": b, "v": a})]
+      [('q', 'v'), ('k',)]
+    """
+    members: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    for name, layer in layers.items():
+        members.setdefault((layer.shape, str(layer.dtype)), []).append(name)
+    return [
+        Group(tuple(names), (shape[0], shape[1], shape[2]), dtype)
+        for (shape, dtype), names in members.items()
+    ]
+
+
+def distinct_models(layers: Mapping[str, Array]) -> tuple[int, ...]:
+    """Indices of models that differ from every earlier one in at least one layer.
+
+    Example:
+      >>> import numpy as np
+      >>> w = np.arange(3, dtype=np.float32)[:, None, None]
+      >>> distinct_models({"w": w[[0, 1, 0, 2]]})
+      (0, 1, 3)
+    """
+    n_models = next(iter(layers.values())).shape[0]
+    kept: list[int] = []
+    for model in range(n_models):
+        if not any(_same(layers, model, other) for other in kept):
+            kept.append(model)
+    return tuple(kept)
+
+
+def _same(layers: Mapping[str, Array], a: int, b: int) -> bool:
+    return all(bool((layer[a] == layer[b]).all()) for layer in layers.values())
