@@ -34,7 +34,7 @@ def balanced_factors(
         inner = linalg.matmul(linalg.matmul(basis_left.T, left), core)
         inner = linalg.matmul(inner, linalg.matmul(right.T, basis_right))
         u, values, v = linalg.svd_square(inner)
-        root = jnp.sqrt(jnp.where(jnp.arange(values.shape[0]) < rank, values, 0))
+        root = jnp.sqrt(jnp.where(jnp.arange(values.shape[0], dtype=jnp.int32) < rank, values, 0))
         b = linalg.matmul(basis_left, u) * root
         a = linalg.matmul(basis_right, v) * root
         peak = jnp.take_along_axis(b, jnp.argmax(jnp.abs(b), axis=0)[None], axis=0)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from jdetune import linalg
 from jdetune.factors import balanced_factors
+from jdetune.ranks import plan_pairs
 from jdetune.solvers import intersection
 from jdetune.solvers.intersection import PairFactors, Scales, SubspaceIntersection
 from jdetune.status import Status
@@ -105,14 +106,15 @@ def intersect_group(
       One result a layer.
     """
     dtype = linalg.resolve_dtype(solver.precision)
+    plan = plan_pairs(layers[0].shape[0])
     on_cpu = jax.default_backend() == "cpu"
-    pairs = len(intersection.plan_pairs(layers[0].shape[0]).first)
     size = 1 if on_cpu else min(ACCELERATOR_LAYERS, len(layers))
-    batch_size = 1 if on_cpu else pairs
+    batch_size = 1 if on_cpu else len(plan.first)
     smaller = min(layers[0].shape[1:])
     width = min(FIRST_WIDTH, smaller)
     for chunk in _chunks(len(layers), size):
         weights = jnp.stack([jnp.asarray(layers[index]) for index in chunk])
+        start = width
         with linalg.scope(dtype):
             while True:
                 factors, scales, ranks = _factor(weights, width, dtype, batch_size)
@@ -120,8 +122,15 @@ def intersect_group(
                 if width == smaller or pair_ranks.max() + HEADROOM <= width:
                     break
                 width = min(2 * width, smaller)
-            verdicts = [_feasible(ranks, smaller) for ranks in pair_ranks]
-            solved = _solve_feasible(weights, factors, scales, pair_ranks, verdicts)
+            triples = pair_ranks[:, plan.triples]
+            verdicts = [_feasible(ranks, smaller) for ranks in triples]
+            fits = [verdict is Status.OK for verdict in verdicts]
+            solved = {}
+            if any(fits):
+                found = _intersect(weights, factors, scales, _rank_axis(triples[fits], width))
+                solved = {name: np.asarray(value) for name, value in found.items()}
+        if not all(fits):
+            width = start
         for position, index in enumerate(chunk[: len(set(chunk))]):
             if verdicts[position] is not Status.OK:
                 yield failed(layers[index], verdicts[position])
@@ -130,35 +139,18 @@ def intersect_group(
                 yield _finish(layers[index], one, dtype)
 
 
-def _solve_feasible(
-    weights: Array, factors: PairFactors, scales: Scales, pair_ranks: np.ndarray, verdicts: list
-) -> dict[str, np.ndarray]:
-    feasible = [v is Status.OK for v in verdicts]
-    if not any(feasible):
-        return {}
-    largest = int(max(_largest_rank(ranks) for ranks in pair_ranks[feasible]))
-    max_rank = min(-(-max(largest, 1) // 8) * 8, factors.values.shape[-1] // 2)
-    solved = _intersect(weights, factors, scales, max(max_rank, 1))
-    return {name: np.asarray(value) for name, value in solved.items()}
+def _rank_axis(triples: np.ndarray, width: int) -> int:
+    """Static size of the rank axis: the largest rank of any triple, in steps of 8."""
+    twice = triples[..., 0] + triples[..., 1] - triples[..., 2]
+    largest = int(np.max(twice + 1, initial=2) // 2)
+    return max(min(-(-largest // 8) * 8, width // 2), 1)
 
 
-def _largest_rank(pair_ranks: np.ndarray) -> int:
-    """Largest rank that any triple gives, rounded up."""
-    count = _models_of(len(pair_ranks))
-    r = pair_ranks[intersection.plan_pairs(count).triples]
-    return int(max(0, np.max(r[..., 0] + r[..., 1] - r[..., 2] + 1) // 2))
-
-
-def _models_of(n_pairs: int) -> int:
-    return next(n for n in range(3, n_pairs + 3) if len(intersection.plan_pairs(n).first) == n_pairs)
-
-
-def _feasible(pair_ranks: np.ndarray, smaller: int) -> Status:
-    """Whether the ranks of the differences fit the shape at all."""
-    if pair_ranks.max() >= smaller:
+def _feasible(triples: np.ndarray, smaller: int) -> Status:
+    """Whether the ranks of a layer's differences fit the shape at all."""
+    if triples.max() >= smaller:
         return Status.NOT_LOW_RANK
-    r = pair_ranks[intersection.plan_pairs(_models_of(len(pair_ranks))).triples]
-    if np.max(r.sum(axis=-1)) > 2 * smaller:
+    if triples.sum(axis=-1).max() > 2 * smaller:
         return Status.RANK_TOO_LARGE
     return Status.OK
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 Precision: TypeAlias = Literal["auto", "float64", "float32"]
 
@@ -147,3 +147,23 @@ def map_batched(function: Callable, operands, batch_size: int):
     if batch_size >= length:
         return jax.vmap(function)(operands)
     return lax.map(function, operands, batch_size=None if batch_size <= 1 else batch_size)
+
+
+def orthonormalize_leading(
+    y: Float[Array, "side width"], active: Bool[Array, "width"]
+) -> Float[Array, "side width"]:
+    """Basis of the range of the active, leading columns; as many others stay zero.
+
+    Householder QR on CPU and in float32; in float64 elsewhere the whitening of ``orthonormalize``,
+    because batched QR is a loop over the batch on GPUs. The two differ by a rotation.
+    """
+    y = jnp.where(active, y, 0)
+    if y.dtype == jnp.float32:
+        return _qr_leading(y, active)
+    return lax.platform_dependent(
+        y, active, cpu=_qr_leading, default=lambda y, _: _whiten(_whiten(y))
+    )
+
+
+def _qr_leading(y: Array, active: Array) -> Array:
+    return jnp.where(active, jnp.linalg.qr(y)[0], 0)

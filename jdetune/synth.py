@@ -16,14 +16,14 @@ class Family:
     Attributes:
       base: the base, in the storage dtype.
       merged: models as stored, same dtype.
-      left: B of each model, float32.
-      right: A of each model, float32.
+      left: B of each model, [row, rank] float32.
+      right: A of each model, [rank, col] float32.
     """
 
     base: Float[np.ndarray, "row col"]
     merged: Float[np.ndarray, "model row col"]
-    left: list[Float[np.ndarray, "row rank"]]
-    right: list[Float[np.ndarray, "rank col"]]
+    left: list[np.ndarray]
+    right: list[np.ndarray]
 
 
 def merge(

@@ -182,14 +182,14 @@ def intersect(
     ranks = jnp.minimum(ranks, max_rank)
 
     width = min(2 * max_rank, factors.values.shape[1])
-    keep = jnp.arange(width) < pair_ranks[:, None]
+    keep = jnp.arange(width, dtype=jnp.int32) < pair_ranks[:, None]
     values = factors.values[:, :width]
     left = jnp.where(keep[:, None], factors.left[:, :, :width], 0)
     right = jnp.where(keep[:, None], factors.right[:, :, :width], 0)
     values = jnp.where(keep, values, 0)
     angle = jnp.where(keep, factors.edge[:, None] / jnp.where(keep, values, 1), 0)
 
-    active = jnp.arange(max_rank) < ranks[:, None]
+    active = jnp.arange(max_rank, dtype=jnp.int32) < ranks[:, None]
     sides, margins = [], []
     for basis in (left, right):
         directions, misfit, explained = _common_directions(basis, angle, plan)
@@ -214,17 +214,17 @@ def intersect(
     def add(total: Array, model: Array) -> tuple[Array, None]:
         return total + (weights[model].astype(dtype) - reference) - update(model), None
 
-    models = jnp.arange(n_models)
+    models = jnp.arange(n_models, dtype=jnp.int32)
     shift, _ = jax.lax.scan(add, jnp.zeros_like(reference), models)
     shift = shift / n_models
 
-    def misfit(total: Array, model: Array) -> tuple[Array, None]:
+    def misfit(total: tuple[Array, Array], model: Array) -> tuple[tuple[Array, Array], None]:
         stored = weights[model]
         residual = (stored.astype(dtype) - reference) - shift - update(model)
         noise = jnp.square(ulp(stored).astype(dtype)) / 12
         return (total[0] + jnp.sum(jnp.square(residual)), total[1] + jnp.sum(noise)), None
 
-    zero = jnp.zeros((), dtype)
+    zero = jnp.zeros_like(reference[0, 0])
     (squares, noise), _ = jax.lax.scan(misfit, (zero, zero), models)
     ratio = jnp.sqrt(squares / jnp.maximum(noise * (n_models - 1) / n_models, 1e-37))
 

@@ -1,0 +1,14 @@
+"""JAX is set up once, before any backend starts: 8 host devices, strict promotion."""
+
+import os
+
+# Two batched solves in one program deadlock under this scheduler in jaxlib 0.10.2; it is slower too.
+_SCHEDULER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_SCHEDULER}".strip()
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
