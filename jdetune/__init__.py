@@ -1,5 +1,6 @@
 """Recover base weights and LoRA adapters from merged checkpoints."""
 
+from jdetune.errors import RecoveryFailed as RecoveryFailed
 from jdetune.recovery import recover as recover
 from jdetune.result import Adapters as Adapters
 from jdetune.result import Recoveries as Recoveries

@@ -1,8 +1,8 @@
 """Solves a group of same-shaped layers: host loops around the compiled solvers."""
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +156,7 @@ def _feasible(triples: np.ndarray, smaller: int) -> Status:
 
 
 def _finish(
-    stack: np.ndarray | Array, found: dict[str, np.ndarray], dtype: jnp.dtype
+    stack: np.ndarray | Array, found: Mapping[str, Any], dtype: jnp.dtype
 ) -> LayerResult:
     stats = {
         name: float(found[name]) for name in ("residual_ratio", "rank_gap", "shared_margin")

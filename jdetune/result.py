@@ -64,7 +64,7 @@ class Recovery:
 
     def layer(self, index: int) -> "Recovery":
         """The recovery of one layer, without the layer axis."""
-        return jax.tree.map(lambda x: x[index], self)
+        return jax.tree.map(lambda x: x[index, ...], self)
 
 
 class Recoveries(Mapping[str, Recovery]):

@@ -1,0 +1,216 @@
+"""recover(): shapes, dtypes, statuses, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jdetune
+from jdetune import Status, synth
+from tests import reference
+
+
+def stack_of(shapes, n=3, rank=3, dtype="float32"):
+    return {
+        f"block.{index}.weight": synth.family(n, *shape, rank, seed=index, dtype=dtype)
+        for index, shape in enumerate(shapes)
+    }
+
+
+def test_three_axes_come_back_without_a_layer_axis():
+    family = synth.family(3, 48, 40, 4)
+    found = jdetune.recover(family.merged)
+    assert found.base.shape == (48, 40)
+    assert found.ranks.tolist() == [4, 4, 4]
+    assert found.adapters.left.shape == (3, 48, 4)
+    assert found.adapters.right.shape == (3, 4, 40)
+    assert found.status.shape == found.predicted_error.shape == ()
+    assert found.ok
+
+
+def test_four_axes_and_a_mapping_equal_each_layer_alone():
+    families = list(stack_of([(48, 40)] * 3).values())
+    stacked = jdetune.recover(np.stack([family.merged for family in families]))
+    mapped = jdetune.recover({str(i): family.merged for i, family in enumerate(families)})
+    assert stacked.base.shape == (3, 48, 40)
+    assert list(mapped) == ["0", "1", "2"]
+    for index, family in enumerate(families):
+        alone = jdetune.recover(family.merged)
+        for other in (stacked.layer(index), mapped[str(index)]):
+            for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(alone), strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def test_mapping_of_mixed_shapes_keeps_names_order_and_ranks():
+    families = stack_of([(48, 40), (40, 64), (48, 40), (30, 30)])
+    found = jdetune.recover({name: family.merged for name, family in families.items()})
+    assert list(found) == list(families)
+    assert found.ok
+    for name, family in families.items():
+        assert found[name].base.shape == family.base.shape
+        assert found.ranks[name].tolist() == [3, 3, 3]
+        assert found.status[name] is Status.OK
+        assert reference.log_mse(found.base[name], family.base) < -17
+
+
+@pytest.mark.parametrize("kind", ["numpy", "jax"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_base_has_the_dtype_and_array_type_of_the_input(dtype, kind):
+    family = synth.family(5, 96, 80, 3, dtype=dtype, update_rms=5e-3)
+    stack = family.merged if kind == "numpy" else jnp.asarray(family.merged)
+    found = jdetune.recover(stack)
+    assert found.ok
+    assert found.base.dtype == stack.dtype
+    for leaf in jax.tree.leaves(found):
+        assert isinstance(leaf, np.ndarray if kind == "numpy" else jax.Array)
+    floor = np.log10(reference.sigma(family.merged) ** 2)
+    assert reference.log_mse(np.asarray(found.base), family.base) < floor + 0.1
+
+
+def test_adapters_rebuild_every_merged_model_to_rounding():
+    family = synth.family(4, 96, 80, [2, 5, 0, 7], seed=2)
+    found = jdetune.recover(family.merged)
+    assert found.ranks.tolist() == [2, 5, 0, 7]
+    for i, merged in enumerate(family.merged):
+        left, right = found.adapters.left[i], found.adapters.right[i]
+        rebuilt = synth.merge(found.base, left, right)
+        size = (np.abs(found.base) + np.abs(left) @ np.abs(right)).astype(np.float32)
+        error = np.abs(rebuilt.astype(np.float64) - merged)
+        assert (error <= 2 * reference.spacing(size)).all()  # base, factors, sum: each rounds once
+        rank = found.ranks[i]
+        assert not found.adapters.left[i][:, rank:].any()
+        assert not found.adapters.right[i][rank:].any()
+        b, a = found.adapters.left[i][:, :rank], found.adapters.right[i][:rank]
+        np.testing.assert_allclose(b.T @ b, a @ a.T, atol=1e-6)  # balanced, float32
+        assert (np.take_along_axis(b, np.abs(b).argmax(0)[None], 0) > 0).all()
+
+
+def test_duplicates_are_dropped_with_a_warning_and_share_adapters():
+    family = synth.family(3, 48, 40, 4)
+    with pytest.warns(UserWarning, match=r"models \[2\] equal an earlier model"):
+        found = jdetune.recover(family.merged[[0, 1, 0, 2]])
+    np.testing.assert_array_equal(found.base, jdetune.recover(family.merged).base)
+    np.testing.assert_array_equal(found.adapters.left[2], found.adapters.left[0])
+    assert found.ranks.tolist() == [4] * 4
+
+
+def test_models_equal_in_one_layer_only_have_rank_zero_there():
+    first, second = synth.family(3, 48, 40, 4, seed=1), synth.family(3, 48, 40, 4, seed=2)
+    merged = first.merged.copy()
+    merged[:] = first.base
+    found = jdetune.recover({"same": merged, "other": second.merged})
+    assert found.ranks["same"].tolist() == [0, 0, 0]
+    assert found.ok
+    np.testing.assert_array_equal(found.base["same"], first.base)
+
+
+def status_cases():
+    family = synth.family(3, 48, 40, 4)
+    other = synth.family(3, 48, 40, 4, seed=9)
+    rng = np.random.default_rng(0)
+    nan = family.merged.copy()
+    nan[1, 3, 4] = np.nan
+    inf = family.merged.copy()
+    inf[2, 0, 0] = np.inf
+    shared = [b.copy() for b in family.left]
+    shared[1][:, :2] = shared[0][:, :2]
+    shared_merged = np.stack(
+        [synth.merge(family.base, b, a) for b, a in zip(shared, family.right, strict=True)]
+    )
+    full = family.base + (1e-3 * rng.standard_normal((3, 48, 40))).astype(np.float32)
+    small = synth.family(4, 128, 128, 4, dtype="bfloat16", update_rms=1e-6)
+    return {
+        "two": (family.merged[:2], Status.TOO_FEW_MODELS),
+        "other base": (np.concatenate([family.merged, other.merged[:1]]), Status.NOT_LOW_RANK),
+        "full fine-tuning": (full, Status.NOT_LOW_RANK),
+        "rank": (synth.family(3, 48, 40, 15).merged, Status.RANK_TOO_LARGE),
+        "shared": (shared_merged, Status.SHARED_DIRECTIONS),
+        "nan": (nan, Status.NON_FINITE),
+        "inf": (inf, Status.NON_FINITE),
+        "noise": (small.merged, Status.NOISE_DOMINATED),
+    }
+
+
+@pytest.mark.parametrize("case", list(status_cases()))
+def test_status_says_why_and_no_failed_layer_has_a_base(case):
+    stack, status = status_cases()[case]
+    found = jdetune.recover(stack)
+    assert Status(int(found.status)) is status
+    assert bool(np.isnan(found.base.astype(np.float32)).all()) is not status.has_base
+    assert not found.ok
+
+
+def test_one_bad_layer_leaves_the_others_alone():
+    good = synth.family(3, 48, 40, 4)
+    bad, status = status_cases()["nan"]
+    found = jdetune.recover(np.stack([good.merged, bad, good.merged]))
+    assert found.status.tolist() == [0, status, 0]
+    np.testing.assert_array_equal(found.base[0], found.base[2])
+
+
+def test_throw_names_layers_cause_and_remedy():
+    good = synth.family(3, 48, 40, 4).merged
+    bad, status = status_cases()["full fine-tuning"]
+    with pytest.raises(jdetune.RecoveryFailed, match="1 of 2 layers failed") as caught:
+        jdetune.recover({"fine": good, "broken": bad}, throw=True)
+    assert "broken: NOT_LOW_RANK: " + status.message in str(caught.value)
+    assert "fine:" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stack", "message"),
+    [
+        (np.zeros((3, 4), np.float32), "shape"),
+        (np.zeros((3, 4, 4), np.int32), "dtype int32"),
+        (np.zeros((3, 4, 4), np.float64), "dtype float64"),
+        (np.zeros((3, 0, 4), np.float32), "empty axis"),
+        (np.zeros((0, 3, 4, 4), np.float32), "empty"),
+        ({}, "empty"),
+        ({"a": np.zeros((3, 4, 4), np.float32), "b": np.zeros((4, 4, 4), np.float32)}, "models"),
+        ({"a": np.zeros((4, 4), np.float32)}, "a: expected axes"),
+    ],
+)
+def test_malformed_arguments_raise(stack, message):
+    with pytest.raises(ValueError, match=message):
+        jdetune.recover(stack)
+
+
+def test_progress_counts_layers():
+    seen = []
+    families = stack_of([(48, 40), (40, 30), (48, 40)])
+    jdetune.recover(
+        {name: family.merged for name, family in families.items()},
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_second_call_compiles_nothing(caplog):
+    first, second = (synth.family(3, 56, 40, 4, seed=s).merged for s in (1, 2))
+    jdetune.recover(first)
+    with jax.log_compiles(True), caplog.at_level("WARNING"):
+        jdetune.recover(second)
+        assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
+        jdetune.recover(synth.family(3, 56, 48, 4).merged)
+    assert [record for record in caplog.records if "Compiling" in record.getMessage()]
+
+
+def test_wide_ranks_enlarge_the_sketch():
+    family = synth.family(3, 200, 180, 40, decay=1.0)
+    found = jdetune.recover(family.merged)
+    assert found.ok
+    assert found.ranks.tolist() == [40, 40, 40]
+
+
+def test_float32_precision_is_a_choice_anywhere():
+    family = synth.family(3, 96, 80, 6)
+    found = jdetune.recover(family.merged, jdetune.SubspaceIntersection(precision="float32"))
+    assert found.ok
+    assert reference.log_mse(found.base, family.base) < -16
+
+
+def test_recoveries_is_a_pytree():
+    found = jdetune.recover({"w": synth.family(3, 48, 40, 4).merged})
+    again = jax.tree.map(lambda x: x, found)
+    assert list(again) == ["w"]
+    np.testing.assert_array_equal(again["w"].base, found["w"].base)
