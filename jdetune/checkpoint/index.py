@@ -261,7 +261,7 @@ def _read_header(path: Path) -> list[TensorInfo]:
             infos = []
             for name in handle.offset_keys():
                 view = handle.get_slice(name)
-                dtype = view.get_dtype()
+                dtype = str(view.get_dtype())
                 shape = tuple(view.get_shape())
                 infos.append(TensorInfo(name, path.name, DTYPES.get(dtype, dtype), shape))
     except (SafetensorError, OSError) as error:

@@ -13,6 +13,8 @@ from jdetune.errors import InputError, NotOneBaseError
 
 #: Bytes of merged weights that are read at once, all models together.
 GROUP_BYTES = 2 << 30
+#: Reason of a matrix that the caller's regular expressions left out.
+EXCLUDED = "left out by --include or --exclude"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +182,7 @@ def _plan_tensor(
     if common and info.is_matrix:
         if wanted(name):
             return TensorPlan(*fields, "recover")
-        return TensorPlan(*fields, "skipped", "left out by --include or --exclude")
+        return TensorPlan(*fields, "skipped", EXCLUDED)
     mark, count = Counter(m for m in marks if m is not None).most_common(1)[0]
     if 2 * count > len(marks):
         reason = f"{count} of {len(marks)} models hold the same copy"

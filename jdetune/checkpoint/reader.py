@@ -56,4 +56,4 @@ def raw_bytes(array: np.ndarray) -> np.ndarray:
 
 def digest(array: np.ndarray) -> bytes:
     """SHA-256 of an array's bytes: two arrays of a shape and dtype are equal iff it is."""
-    return hashlib.sha256(memoryview(raw_bytes(array))).digest()
+    return hashlib.sha256(raw_bytes(array).data).digest()

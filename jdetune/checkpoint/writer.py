@@ -149,5 +149,6 @@ def _read_back(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             same = read.dtype == written.dtype and read.shape == written.shape
             if not same or not np.array_equal(raw_bytes(read), raw_bytes(written)):
                 raise OutputError(
-                    f"{path}: tensor {name} read back differs from what was written. Check the disk."
+                    f"{path}: tensor {name} read back differs from what was written. Check the "
+                    "disk."
                 )
