@@ -45,7 +45,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 types: $(VENV)/.test
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf $(VENV) demo-out dist build .pytest_cache .ruff_cache

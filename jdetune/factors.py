@@ -12,7 +12,7 @@ def balanced_factors(
     left: Float[Array, "model row rank"],
     core: Float[Array, "model rank rank"],
     right: Float[Array, "model col rank"],
-    ranks: Int[Array, "model"],
+    ranks: Int[Array, " model"],
 ) -> tuple[Float[Array, "model row rank"], Float[Array, "model rank col"]]:
     r"""Factors :math:`B = U\sqrt{S}`, :math:`A = \sqrt{S}V^T` of ``left @ core @ right^T``.
 

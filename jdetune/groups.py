@@ -22,12 +22,12 @@ FIRST_WIDTH = 48
 HEADROOM = 8
 #: Layers that a GPU or TPU works on at a time.
 ACCELERATOR_LAYERS = 8
-#: A residual above this many times the rounding error is not rounding.
-RESIDUAL_LIMIT = {"float64": 2.0, "float32": 10.0}
+#: What low rank leaves over is not rounding if it is above this many times the rounding error.
+TAIL_LIMIT = {"float64": 2.0, "float32": 10.0}
 
 
 class LayerResult(NamedTuple):
-    """One layer on the host; ``left`` and ``right`` have a rank axis of the layer's largest rank."""
+    """One layer on the host; the rank axis of its factors is the layer's largest rank."""
 
     base: np.ndarray
     left: np.ndarray
@@ -53,12 +53,11 @@ def failed(stack: np.ndarray | Array, status: Status) -> LayerResult:
 @functools.partial(jax.jit, static_argnames=("width", "dtype", "batch_size"))
 def _factor(
     weights: Float[Array, "layer model row col"], width: int, dtype: jnp.dtype, batch_size: int
-) -> tuple[PairFactors, Scales, Array]:
+) -> tuple[PairFactors, Scales]:
     run = functools.partial(
         intersection.factor_pairs, width=width, dtype=dtype, batch_size=batch_size
     )
-    factors, scales = jax.vmap(run)(weights)
-    return factors, scales, jax.vmap(lambda f: f.ranks)(factors)
+    return jax.vmap(run)(weights)
 
 
 @functools.partial(jax.jit, static_argnames=("max_rank",))
@@ -79,6 +78,7 @@ def _intersect(
             "agree": found.agree,
             "shared": found.shared,
             "residual_ratio": found.residual_ratio.astype(jnp.float32),
+            "tail_ratio": found.tail_ratio.astype(jnp.float32),
             "shared_margin": found.shared_margin.astype(jnp.float32),
             "rank_gap": found.rank_gap.astype(jnp.float32),
         }
@@ -117,8 +117,8 @@ def intersect_group(
         start = width
         with linalg.scope(dtype):
             while True:
-                factors, scales, ranks = _factor(weights, width, dtype, batch_size)
-                pair_ranks = np.asarray(ranks)
+                factors, scales = _factor(weights, width, dtype, batch_size)
+                pair_ranks = np.asarray(factors.ranks)
                 if width == smaller or pair_ranks.max() + HEADROOM <= width:
                     break
                 width = min(2 * width, smaller)
@@ -155,16 +155,13 @@ def _feasible(triples: np.ndarray, smaller: int) -> Status:
     return Status.OK
 
 
-def _finish(
-    stack: np.ndarray | Array, found: Mapping[str, Any], dtype: jnp.dtype
-) -> LayerResult:
-    stats = {
-        name: float(found[name]) for name in ("residual_ratio", "rank_gap", "shared_margin")
-    }
+def _finish(stack: np.ndarray | Array, found: Mapping[str, Any], dtype: jnp.dtype) -> LayerResult:
+    figures = ("residual_ratio", "tail_ratio", "rank_gap", "shared_margin")
+    stats = {name: float(found[name]) for name in figures}
+    if not stats["tail_ratio"] < TAIL_LIMIT[str(dtype)]:
+        return failed(stack, Status.NOT_LOW_RANK)._replace(stats=stats)
     if not found["agree"] or found["shared"]:
         return failed(stack, Status.SHARED_DIRECTIONS)._replace(stats=stats)
-    if not stats["residual_ratio"] < RESIDUAL_LIMIT[str(dtype)]:
-        return failed(stack, Status.NOT_LOW_RANK)._replace(stats=stats)
     status = Status.OK
     if not found["ranks"].any() and bool((stack != stack[:1]).any()):
         status = Status.NOISE_DOMINATED

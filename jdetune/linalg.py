@@ -106,7 +106,7 @@ def eigh_descending(
 
 def svd_square(
     square: Float[Array, "n n"],
-) -> tuple[Float[Array, "n n"], Float[Array, "n"], Float[Array, "n n"]]:
+) -> tuple[Float[Array, "n n"], Float[Array, " n"], Float[Array, "n n"]]:
     """Singular value decomposition of a small square matrix: left, values, right (as columns).
 
     LAPACK's SVD on CPU. Elsewhere the eigenvectors of [[0, B], [B^T, 0]], because batched SVD is a
@@ -150,7 +150,7 @@ def map_batched(function: Callable, operands, batch_size: int):
 
 
 def orthonormalize_leading(
-    y: Float[Array, "side width"], active: Bool[Array, "width"]
+    y: Float[Array, "side width"], active: Bool[Array, " width"]
 ) -> Float[Array, "side width"]:
     """Basis of the range of the active, leading columns; as many others stay zero.
 
@@ -167,3 +167,8 @@ def orthonormalize_leading(
 
 def _qr_leading(y: Array, active: Array) -> Array:
     return jnp.where(active, jnp.linalg.qr(y)[0], 0)
+
+
+def qr_basis(y: Float[Array, "side width"]) -> Float[Array, "side width"]:
+    """Orthonormal columns by Householder QR: a continuous function of columns of full rank."""
+    return jnp.linalg.qr(y)[0]

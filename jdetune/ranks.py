@@ -80,8 +80,8 @@ def plan_pairs(n_models: int) -> PairPlan:
 
 
 def model_ranks(
-    pair_ranks: Int[Array, "pair"], plan: PairPlan
-) -> tuple[Int[Array, "model"], Bool[Array, ""]]:
+    pair_ranks: Int[Array, " pair"], plan: PairPlan
+) -> tuple[Int[Array, " model"], Bool[Array, ""]]:
     """Rank of each model's update, and whether all triples agree on integers.
 
     Args:

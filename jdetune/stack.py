@@ -71,8 +71,7 @@ def as_mapping(stack: Array | Mapping[str, Array]) -> dict[str, Array]:
         layers = {"weight": stack}
     else:
         raise ValueError(
-            "expected axes [model, row, col] or [layer, model, row, col], "
-            f"got shape {stack.shape}"
+            f"expected axes [model, row, col] or [layer, model, row, col], got shape {stack.shape}"
         )
     for name, layer in layers.items():
         check_layer(name, layer)

@@ -2,13 +2,13 @@
 
 import os
 
-# Two batched solves in one program deadlock under this scheduler in jaxlib 0.10.2; it is slower too.
+# Two batched solves in one program deadlock under this scheduler in jaxlib 0.10.2; it is slower.
 _SCHEDULER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_SCHEDULER}".strip()
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,6 +1,7 @@
 """Float64 NumPy oracle of the subspace intersection: dense SVDs, all pairs, no sketch."""
 
 from itertools import combinations
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,12 +17,12 @@ def sigma(weights: np.ndarray) -> float:
     return float(np.sqrt(np.mean(spacing(weights) ** 2) / 12))
 
 
-def log_mse(estimate: np.ndarray, truth: np.ndarray) -> float:
-    error = estimate.astype(np.float64) - truth.astype(np.float64)
+def log_mse(estimate: Any, truth: Any) -> float:
+    error = np.asarray(estimate).astype(np.float64) - np.asarray(truth).astype(np.float64)
     return float(max(np.log10(max(np.mean(error**2), 1e-40)), -40.0))
 
 
-def bits_equal(a: np.ndarray, b: np.ndarray) -> float:
+def bits_equal(a: Any, b: Any) -> float:
     """Share of elements that are the same, bit for bit."""
     kind = {2: np.uint16, 4: np.uint32}[a.dtype.itemsize]
     return float(np.mean(a.view(kind) == b.view(kind)))

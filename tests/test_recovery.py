@@ -12,8 +12,8 @@ from tests import reference
 
 def stack_of(shapes, n=3, rank=3, dtype="float32"):
     return {
-        f"block.{index}.weight": synth.family(n, *shape, rank, seed=index, dtype=dtype)
-        for index, shape in enumerate(shapes)
+        f"block.{index}.weight": synth.family(n, row, col, rank, seed=index, dtype=dtype)
+        for index, (row, col) in enumerate(shapes)
     }
 
 
@@ -70,16 +70,17 @@ def test_base_has_the_dtype_and_array_type_of_the_input(dtype, kind):
 def test_adapters_rebuild_every_merged_model_to_rounding():
     family = synth.family(4, 96, 80, [2, 5, 0, 7], seed=2)
     found = jdetune.recover(family.merged)
+    base, lefts, rights = map(np.asarray, (found.base, found.adapters.left, found.adapters.right))
     assert found.ranks.tolist() == [2, 5, 0, 7]
     for i, merged in enumerate(family.merged):
-        left, right = found.adapters.left[i], found.adapters.right[i]
-        rebuilt = synth.merge(found.base, left, right)
+        left, right = lefts[i], rights[i]
+        rebuilt = synth.merge(base, left, right)
         error = rebuilt.astype(np.float64) - merged
         assert np.sqrt(np.mean(error**2)) < reference.sigma(merged)  # of one rounding
-        rank = found.ranks[i]
-        assert not found.adapters.left[i][:, rank:].any()
-        assert not found.adapters.right[i][rank:].any()
-        b, a = found.adapters.left[i][:, :rank], found.adapters.right[i][:rank]
+        rank = int(found.ranks[i])
+        assert not left[:, rank:].any()
+        assert not right[rank:].any()
+        b, a = left[:, :rank], right[:rank]
         np.testing.assert_allclose(b.T @ b, a @ a.T, atol=1e-6)  # balanced, float32
         assert (np.take_along_axis(b, np.abs(b).argmax(0)[None], 0) > 0).all()
 

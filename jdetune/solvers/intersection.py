@@ -47,22 +47,23 @@ class SubspaceIntersection:
 class Scales(NamedTuple):
     """Rounding error as a product of a row and a column factor; differences are divided by it."""
 
-    row: Float[Array, "row"]
-    col: Float[Array, "col"]
+    row: Float[Array, " row"]
+    col: Float[Array, " col"]
 
 
 class PairFactors(NamedTuple):
-    """Truncated singular value decompositions of whitened pairwise differences, pair first."""
+    """Truncated singular value decompositions of whitened pairwise differences, pair first.
+
+    ``ranks`` counts the values above the noise ``edge``; ``tail_ratio`` is the rms of what these
+    leave over, in units of the rounding error.
+    """
 
     left: Float[Array, "pair row width"]
     values: Float[Array, "pair width"]
     right: Float[Array, "pair col width"]
-    edge: Float[Array, "pair"]
-
-    @property
-    def ranks(self) -> Int[Array, "pair"]:
-        """Number of singular values above the noise edge."""
-        return jnp.sum(self.values > self.edge[:, None], axis=1, dtype=jnp.int32)
+    ranks: Int[Array, " pair"]
+    edge: Float[Array, " pair"]
+    tail_ratio: Float[Array, " pair"]
 
 
 class Solution(NamedTuple):
@@ -72,10 +73,11 @@ class Solution(NamedTuple):
     left: Float[Array, "model row rank"]
     core: Float[Array, "model rank rank"]
     right: Float[Array, "model col rank"]
-    ranks: Int[Array, "model"]
+    ranks: Int[Array, " model"]
     agree: Bool[Array, ""]
     shared: Bool[Array, ""]
     residual_ratio: Float[Array, ""]
+    tail_ratio: Float[Array, ""]
     shared_margin: Float[Array, ""]
     rank_gap: Float[Array, ""]
 
@@ -122,11 +124,25 @@ def factor_pairs(
         basis = linalg.orthonormalize(image)
         left, values, turn = linalg.svd_square(linalg.matmul(basis.T, image))
         variance = jnp.square(ulp(first).astype(dtype)) + jnp.square(ulp(second).astype(dtype))
-        edge = pair_edge(variance / 12 / jnp.square(scales.row)[:, None] / jnp.square(scales.col))
+        variance = variance / 12 / jnp.square(scales.row)[:, None] / jnp.square(scales.col)
+        edge = pair_edge(variance)
+        left, right = linalg.matmul(basis, left), linalg.matmul(right, turn)
         if dtype == jnp.float32:
             edge = edge + values[0] * jnp.finfo(dtype).eps * 2
+        signal = values > edge
+        kept = jnp.where(signal, values, 0)
+        if dtype == jnp.float32:  # a difference of squares would leave nothing
+            tail = jnp.sum(jnp.square(difference - linalg.matmul(left * kept, right.T)))
+        else:
+            tail = jnp.sum(jnp.square(difference)) - jnp.sum(jnp.square(kept))
+        noise = jnp.maximum(jnp.sum(variance), jnp.finfo(dtype).tiny)
         return PairFactors(
-            linalg.matmul(basis, left), values, linalg.matmul(right, turn), edge.astype(dtype)
+            left=left,
+            values=values,
+            right=right,
+            ranks=jnp.sum(signal, dtype=jnp.int32),
+            edge=edge,
+            tail_ratio=jnp.sqrt(jnp.maximum(tail, 0) / noise),
         )
 
     pairs = (jnp.asarray(plan.first), jnp.asarray(plan.second))
@@ -218,14 +234,14 @@ def intersect(
     shift, _ = jax.lax.scan(add, jnp.zeros_like(reference), models)
     shift = shift / n_models
 
-    def misfit(total: tuple[Array, Array], model: Array) -> tuple[tuple[Array, Array], None]:
+    def add_residual(total: tuple[Array, Array], model: Array) -> tuple[tuple[Array, Array], None]:
         stored = weights[model]
         residual = (stored.astype(dtype) - reference) - shift - update(model)
         noise = jnp.square(ulp(stored).astype(dtype)) / 12
         return (total[0] + jnp.sum(jnp.square(residual)), total[1] + jnp.sum(noise)), None
 
     zero = jnp.zeros_like(reference[0, 0])
-    (squares, noise), _ = jax.lax.scan(misfit, (zero, zero), models)
+    (squares, noise), _ = jax.lax.scan(add_residual, (zero, zero), models)
     ratio = jnp.sqrt(squares / jnp.maximum(noise * (n_models - 1) / n_models, 1e-37))
 
     last = jnp.take_along_axis(factors.values, jnp.maximum(pair_ranks - 1, 0)[:, None], axis=1)
@@ -241,6 +257,7 @@ def intersect(
         agree=agree,
         shared=shared_margin < SHARED_TOLERANCE,
         residual_ratio=ratio,
+        tail_ratio=jnp.max(factors.tail_ratio),
         shared_margin=shared_margin,
         rank_gap=jnp.min(gap),
     )
