@@ -1,11 +1,29 @@
 """Recover base weights and LoRA adapters from merged checkpoints."""
 
+from typing import TYPE_CHECKING, Any
+
 from jdetune.errors import RecoveryFailed as RecoveryFailed
+from jdetune.rank_schedule import RankSchedule as RankSchedule
 from jdetune.recovery import recover as recover
 from jdetune.result import Adapters as Adapters
 from jdetune.result import Recoveries as Recoveries
 from jdetune.result import Recovery as Recovery
 from jdetune.solvers.intersection import SubspaceIntersection as SubspaceIntersection
+from jdetune.solvers.spectral import SpectralDeTuning as SpectralDeTuning
 from jdetune.status import Status as Status
 
+if TYPE_CHECKING:
+    from jdetune.checkpoint import load_stack as load_stack
+    from jdetune.checkpoint import save_adapters as save_adapters
+    from jdetune.checkpoint import save_base as save_base
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the functions that need safetensors when they are first asked for."""
+    if name in ("load_stack", "save_adapters", "save_base"):
+        from jdetune import checkpoint
+
+        return getattr(checkpoint, name)
+    raise AttributeError(f"module 'jdetune' has no attribute {name!r}")

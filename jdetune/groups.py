@@ -1,6 +1,7 @@
 """Solves a group of same-shaped layers: host loops around the compiled solvers."""
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from jaxtyping import Float
 from jdetune import linalg
 from jdetune.factors import balanced_factors
 from jdetune.ranks import plan_pairs
-from jdetune.solvers import intersection
+from jdetune.solvers import intersection, spectral
 from jdetune.solvers.intersection import PairFactors, Scales, SubspaceIntersection
+from jdetune.solvers.spectral import SpectralDeTuning
 from jdetune.status import Status
 
 #: First sketch width; it doubles while a pair's rank comes within ``HEADROOM`` of it.
@@ -24,6 +26,10 @@ HEADROOM = 8
 ACCELERATOR_LAYERS = 8
 #: What low rank leaves over is not rounding if it is above this many times the rounding error.
 TAIL_LIMIT = {"float64": 2.0, "float32": 10.0}
+#: An iteration has converged if its residual is below this many times the rounding error.
+CONVERGED_RATIO = {"float64": 2.0, "float32": 4.0}
+#: Merged weights that the iterative solver works on at a time, in bytes of float32.
+ITERATED_BYTES = 2**29
 
 
 class LayerResult(NamedTuple):
@@ -34,7 +40,7 @@ class LayerResult(NamedTuple):
     right: np.ndarray
     ranks: np.ndarray
     status: Status
-    stats: dict[str, float]
+    stats: dict[str, float | np.ndarray]
 
 
 def failed(stack: np.ndarray | Array, status: Status) -> LayerResult:
@@ -153,6 +159,59 @@ def _feasible(triples: np.ndarray, smaller: int) -> Status:
     if triples.sum(axis=-1).max() > 2 * smaller:
         return Status.RANK_TOO_LARGE
     return Status.OK
+
+
+@functools.partial(jax.jit, static_argnames=("solver",))
+def _iterate(
+    weights: Float[Array, "layer model row col"], solver: SpectralDeTuning
+) -> dict[str, Array]:
+    found = spectral.solve(weights, solver)
+    left, right = jax.vmap(balanced_factors)(found.left, found.core, found.right, found.ranks)
+    return {
+        "base": found.base.astype(weights.dtype),
+        "left": left.astype(jnp.float32),
+        "right": right.astype(jnp.float32),
+        "ranks": found.ranks,
+        "residual_ratio": found.residual_ratio.astype(jnp.float32),
+        "loss": found.loss,
+        "rank_history": found.rank_history,
+    }
+
+
+def iterate_group(
+    layers: Sequence[np.ndarray | Array], solver: SpectralDeTuning
+) -> Iterator[LayerResult]:
+    """The paper's solver for finite same-shaped layers, in order, as many at a time as fit.
+
+    Args:
+      layers: [model, row, col] each, one shape and dtype.
+      solver: hyperparameters.
+
+    Yields:
+      One result a layer; NOT_CONVERGED where the residual stayed above the rounding error.
+    """
+    if solver.rank > min(layers[0].shape[1:]):
+        yield from (failed(layer, Status.RANK_TOO_LARGE) for layer in layers)
+        return
+    size = max(1, min(len(layers), ITERATED_BYTES // (4 * math.prod(layers[0].shape))))
+    for chunk in _chunks(len(layers), size):
+        weights = jnp.stack([jnp.asarray(layers[index]) for index in chunk])
+        with linalg.scope(solver.dtype):
+            found = {name: np.asarray(value) for name, value in _iterate(weights, solver).items()}
+        for position in range(len(set(chunk))):
+            ratio = float(found["residual_ratio"][position])
+            yield LayerResult(
+                base=found["base"][position],
+                left=found["left"][position],
+                right=found["right"][position],
+                ranks=found["ranks"][position],
+                status=Status.OK if ratio < CONVERGED_RATIO[str(solver.dtype)] else Status.NOT_CONVERGED,
+                stats={
+                    "residual_ratio": ratio,
+                    "loss": found["loss"][position],
+                    "rank_history": found["rank_history"][position],
+                },
+            )
 
 
 def _finish(stack: np.ndarray | Array, found: Mapping[str, Any], dtype: jnp.dtype) -> LayerResult:

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdetune.errors import RecoveryFailed
-from jdetune.groups import LayerResult, failed, intersect_group
+from jdetune.groups import LayerResult, failed, intersect_group, iterate_group
 from jdetune.result import Adapters, Recoveries, Recovery
 from jdetune.solvers.intersection import SubspaceIntersection
+from jdetune.solvers.spectral import SpectralDeTuning
 from jdetune.stack import as_mapping, distinct_models, group_layers
 from jdetune.status import Status
 from jdetune.types import Array
 
-Solver: TypeAlias = SubspaceIntersection
+Solver: TypeAlias = SubspaceIntersection | SpectralDeTuning
 
 #: Called with the number of layers done and the number of all layers.
 Progress: TypeAlias = Callable[[int, int], None]
@@ -82,7 +83,7 @@ def recover(
       ([4, 4, 4], 0)
     """
     solver = SubspaceIntersection() if solver is None else solver
-    if not isinstance(solver, SubspaceIntersection):
+    if not isinstance(solver, SubspaceIntersection | SpectralDeTuning):
         raise ValueError(f"solver is a jdetune solver, got {type(solver).__name__}")
     layers = as_mapping(stack)
     kept = distinct_models(layers)
@@ -146,9 +147,15 @@ def _solve_group(
         return
     finite = [bool(np.isfinite(np.asarray(stack, np.float32)).all()) for stack in distinct]
     usable = [stack for stack, good in zip(distinct, finite, strict=True) if good]
-    solved = intersect_group(usable, solver) if usable else iter(())
+    solved = _run(usable, solver) if usable else iter(())
     for stack, good in zip(distinct, finite, strict=True):
         yield next(solved) if good else failed(stack, Status.NON_FINITE)
+
+
+def _run(stacks: Sequence[Array], solver: Solver) -> Iterator[LayerResult]:
+    if isinstance(solver, SpectralDeTuning):
+        return iterate_group(stacks, solver)
+    return intersect_group(stacks, solver)
 
 
 def _raise_failures(status: Mapping[str, Status]) -> None:
@@ -164,7 +171,9 @@ def _recovery(results: Sequence[LayerResult], like: Array) -> Recovery:
     names = sorted({name for result in results for name in result.stats})
 
     def column(name: str) -> np.ndarray:
-        return np.array([result.stats.get(name, np.nan) for result in results], np.float32)
+        known = next(result.stats[name] for result in results if name in result.stats)
+        unknown = np.full_like(known, np.nan, np.float32)
+        return np.stack([np.asarray(r.stats.get(name, unknown), np.float32) for r in results])
 
     unknown = np.full(len(results), np.nan, np.float32)
     recovery = Recovery(

@@ -154,9 +154,9 @@ def leaf_is_conv1d(module: str) -> bool:
     return layout.kind_of(module, {"model_type": "gpt2"}) is layout.Kind.CONV1D
 
 
-def _pattern(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
+def _pattern(pattern: Mapping[str, float | int] | None, module: str, default: float | int) -> float:
     """PEFT's rule: the first key that ends the module path, as a regular expression."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+            return float(value)
+    return float(default)

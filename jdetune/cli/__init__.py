@@ -1,0 +1,1 @@
+"""The ``jdetune`` program: one file a subcommand, ``main`` dispatches."""

@@ -1,0 +1,221 @@
+"""What all subcommands share: flags, output, progress, platform, number formats."""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from jdetune.errors import JdetuneError
+
+PLATFORMS = {"auto": None, "cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
+
+
+class UsageError(JdetuneError):
+    """The command line itself is wrong."""
+
+    exit_code = 2
+
+
+class HelpRequested(Exception):  # noqa: N818 - not an error
+    """``--help`` was given; the message is the help."""
+
+
+class Command:
+    """Flags and help of one subcommand, with no global state.
+
+    Example:
+      >>> command = Command("try", "jdetune try FILE...", "Tries.")
+      >>> command.integer("times", 1, "How often.")
+      >>> command.parse(["a", "--times=3", "b"]), command["times"]
+      (['a', 'b'], 3)
+    """
+
+    def __init__(self, name: str, usage: str, summary: str, notes: str = "") -> None:
+        """Defines the flags that every command has."""
+        self.name = name
+        self._usage, self._summary, self._notes = usage, summary, notes
+        self._values = flags.FlagValues()
+        self._values.set_gnu_getopt(True)
+        self._order: list[str] = []
+        self.boolean("json", False, "Print one JSON object on stdout and nothing else.")
+        self.boolean("quiet", False, "No progress on stderr.")
+        self.boolean("debug", False, "Show tracebacks.")
+        self.string("flagfile", None, "Read more flags from this file, one a line.")
+
+    def string(self, name: str, default: str | None, text: str) -> None:
+        """Defines a text flag."""
+        flags.DEFINE_string(name, default, text, flag_values=self._values)
+        self._order.append(name)
+
+    def integer(self, name: str, default: int | None, text: str, lower: int = 1) -> None:
+        """Defines an integer flag with a least value."""
+        flags.DEFINE_integer(name, default, text, lower_bound=lower, flag_values=self._values)
+        self._order.append(name)
+
+    def number(self, name: str, default: float | None, text: str) -> None:
+        """Defines a float flag."""
+        flags.DEFINE_float(name, default, text, flag_values=self._values)
+        self._order.append(name)
+
+    def boolean(self, name: str, default: bool, text: str) -> None:
+        """Defines an on-off flag."""
+        flags.DEFINE_boolean(name, default, text, flag_values=self._values)
+        self._order.append(name)
+
+    def choice(self, name: str, default: str, values: Sequence[str], text: str) -> None:
+        """Defines a flag with a few possible values."""
+        flags.DEFINE_enum(name, default, list(values), text, flag_values=self._values)
+        self._order.append(name)
+
+    def platform(self) -> None:
+        """Defines ``--platform``."""
+        self.choice("platform", "auto", tuple(PLATFORMS), "Where JAX computes.")
+
+    def __getitem__(self, name: str) -> Any:
+        """A flag's value."""
+        return self._values[name].value
+
+    def parse(self, argv: Sequence[str]) -> list[str]:
+        """Sets the flags and returns the other arguments.
+
+        Raises:
+          HelpRequested: ``--help`` is among the arguments.
+          UsageError: an unknown flag or a bad value.
+        """
+        if any(word in ("--help", "-h", "-help") for word in argv):
+            raise HelpRequested(self.help())
+        try:
+            return self._values([self.name, *argv])[1:]
+        except flags.Error as error:
+            text = " ".join(str(error).split())
+            raise UsageError(f"{text}\nTry: jdetune {self.name} --help") from error
+
+    def help(self) -> str:
+        """Usage, summary and every flag."""
+        lines = [f"usage: {self._usage}", "", self._summary, "", "flags:"]
+        for name in self._order:
+            flag = self._values[name]
+            choices = getattr(flag.parser, "enum_values", None)
+            value = "" if flag.boolean else "=" + ("|".join(choices) if choices else "VALUE")
+            default = "" if flag.default in (None, False) else f" Default: {flag.default}."
+            lines += [f"  --{name}{value}", f"      {flag.help.splitlines()[0]}{default}"]
+        return "\n".join([*lines, "", self._notes] if self._notes else lines)
+
+    def command_line(self, argv: Sequence[str]) -> str:
+        """The command as it was typed."""
+        return " ".join(["jdetune", self.name, *argv])
+
+
+def write_out(text: str) -> None:
+    """Writes a line of results to stdout."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def write_err(text: str) -> None:
+    """Writes a line that is not a result to stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def write_json(value: Mapping[str, Any]) -> None:
+    """Writes a JSON object to stdout; NaN is an error."""
+    write_out(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False))
+
+
+def set_platform(name: str) -> None:
+    """Chooses JAX's backend; must come before the first computation."""
+    platform = PLATFORMS[name]
+    if platform is None:
+        return
+    import jax
+
+    jax.config.update("jax_platforms", platform)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise UsageError(
+            f"--platform={name}: JAX finds no such device ({str(error).splitlines()[0]}). Install "
+            "the matching jax build, or use --platform=auto."
+        ) from error
+
+
+@contextlib.contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A progress callable that draws a bar with the time left on stderr; None if it cannot."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def step(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield step
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first to the left, the others to the right.
+
+    Example:
+      >>> write_out(table(["what", "n"], [["a", "10"]]))
+      what   n
+      a     10
+    """
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    lines = []
+    for row in (headers, *rows):
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def fixed(value: float | None, digits: int = 2) -> str:
+    """A number with fixed digits, a dash where it is not known."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the known values, None if there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def span(values: Sequence[int]) -> str:
+    """``4`` or ``4-32``.
+
+    Example:
+      >>> span([4, 32, 8]), span([4, 4])
+      ('4-32', '4')
+    """
+    if not values:
+        return "-"
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def size(n_bytes: float | int) -> str:
+    """Bytes in words.
+
+    Example:
+      >>> size(90_868_376)
+      '90.9 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"

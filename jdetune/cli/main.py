@@ -1,0 +1,94 @@
+"""Dispatches to the subcommands and turns exceptions into exit codes."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+#: Subcommand to what it does; each is a module of this package with ``main(argv) -> int``.
+COMMANDS = {
+    "recover": "base and adapters of three or more merged models",
+    "inspect": "what recover would do: sizes, ranks of a sample, memory",
+    "verify": "compare a recovery with a reference and with the merged models",
+    "demo": "recover a real sentence encoder from five real fine-tunes",
+}
+_INTERRUPTED = 130
+_BAD_INPUT = 3
+_SCHEDULER_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
+
+
+def console_main() -> None:
+    """Entry point of the program: environment first, then the command."""
+    prepare_environment()
+    sys.exit(main(sys.argv[1:]))
+
+
+def prepare_environment() -> None:
+    """Settings that must stand before NumPy and JAX start their threads.
+
+    One BLAS thread: JAX has its own pool, and two pools fight for the cores. XLA's
+    concurrency-optimised scheduler is off, since it slows many small factorisations on CPU.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    xla = os.environ.get("XLA_FLAGS", "")
+    if _SCHEDULER_FLAG not in xla:
+        os.environ["XLA_FLAGS"] = f"{xla} {_SCHEDULER_FLAG}=false".strip()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one subcommand.
+
+    Args:
+      argv: arguments after the program's name.
+
+    Returns:
+      The exit code: 0 all recovered, 2 usage, 3 bad input, 4 not one base or not low rank,
+      5 partial, 6 verification failed, 130 interrupted.
+    """
+    from jdetune.cli import common
+    from jdetune.errors import JdetuneError
+
+    name = argv[0] if argv else "--help"
+    if name in ("--help", "-h", "help"):
+        common.write_out(usage())
+        return 0 if argv else 2
+    if name == "--version":
+        from jdetune.pipeline import version
+
+        common.write_out(f"jdetune {version()}")
+        return 0
+    if name not in COMMANDS:
+        common.write_err(f"jdetune: no command {name!r}.\n\n{usage()}")
+        return 2
+    try:
+        return importlib.import_module(f"jdetune.cli.{name}").main(list(argv[1:]))
+    except common.HelpRequested as text:
+        common.write_out(str(text))
+        return 0
+    except KeyboardInterrupt:
+        common.write_err("jdetune: interrupted; nothing was put in place. Run it again.")
+        return _INTERRUPTED
+    except JdetuneError as error:
+        if "--debug" in argv:
+            raise
+        common.write_err(f"jdetune {name}: {error}")
+        return error.exit_code
+    except (OSError, MemoryError) as error:
+        if "--debug" in argv:
+            raise
+        common.write_err(f"jdetune {name}: {type(error).__name__}: {error}")
+        return _BAD_INPUT
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = [
+        "usage: jdetune COMMAND [arguments]",
+        "",
+        "Recover base weights and LoRA adapters from merged checkpoints.",
+        "",
+        *(f"  {name:<8} {text}" for name, text in COMMANDS.items()),
+        "",
+        "jdetune COMMAND --help lists the flags; jdetune --version the version.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,206 @@
+"""``jdetune recover``: base and adapters from merged models."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jdetune.cli import common
+from jdetune.cli.common import Command, UsageError
+
+_NOTES = """\
+example:
+  jdetune recover tune-a tune-b tune-c --out=recovered
+
+exit codes: 0 all recovered; 2 usage; 3 bad input; 4 not one base or not low rank;
+5 partial (what could be recovered is written); 130 interrupted"""
+
+
+def make_command() -> Command:
+    """Flags of this command."""
+    command = Command(
+        "recover",
+        "jdetune recover MODEL MODEL MODEL... --out=DIR [flags]",
+        "Recovers the weights before fine-tuning, and every model's LoRA adapter, from three or\n"
+        "more models that were fine-tuned from one base and merged. MODEL is a folder or a\n"
+        ".safetensors file.",
+        _NOTES,
+    )
+    command.string("out", None, "Folder to write: base/, adapters/, report.json.")
+    command.boolean("overwrite", False, "Replace a former output of jdetune in --out.")
+    command.boolean("dry_run", False, "Say what would be recovered, then stop.")
+    command.string("include", None, "Recover only matrices whose name matches this regex.")
+    command.string("exclude", None, "Leave out matrices whose name matches this regex.")
+    add_solver_flags(command)
+    command.platform()
+    return command
+
+
+def add_solver_flags(command: Command) -> None:
+    """Flags that choose and tune the solver."""
+    command.choice("solver", "intersection", ("intersection", "spectral"), "Which solver.")
+    command.integer("rank", None, "Rank of all updates, for --solver=spectral.")
+    command.integer("steps", 300, "Iterations, for --solver=spectral.")
+    command.choice(
+        "precision",
+        "auto",
+        ("auto", "float64", "float32"),
+        "Arithmetic of --solver=intersection.",
+    )
+
+
+def make_solver(command: Command) -> Any:
+    """The solver that the flags describe."""
+    if command["solver"] == "spectral":
+        if command["rank"] is None:
+            raise UsageError("--solver=spectral needs --rank; the default solver finds ranks.")
+        from jdetune.solvers.spectral import SpectralDeTuning
+
+        try:
+            return SpectralDeTuning(rank=command["rank"], steps=command["steps"])
+        except ValueError as error:
+            raise UsageError(f"--rank, --steps: {error}.") from error
+    if command["rank"] is not None:
+        raise UsageError("--rank goes with --solver=spectral; the default solver finds ranks.")
+    from jdetune.solvers.intersection import SubspaceIntersection
+
+    return SubspaceIntersection(precision=command["precision"])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    from jdetune import pipeline
+
+    command = make_command()
+    models = command.parse(argv)
+    if not models:
+        raise UsageError("no MODEL is given.\nTry: jdetune recover --help")
+    if command["out"] is None and not command["dry_run"]:
+        raise UsageError("--out=DIR is missing.\nTry: jdetune recover --help")
+    common.set_platform(command["platform"])
+    options = pipeline.Options(
+        solver=make_solver(command),
+        include=command["include"],
+        exclude=command["exclude"],
+        overwrite=command["overwrite"],
+        command=command.command_line(argv),
+    )
+    with common.progress_bar(command["quiet"]) as progress:
+        if command["dry_run"]:
+            checkpoints = pipeline.open_models(models)
+            if command["out"] is not None:
+                pipeline.check_out(command["out"], checkpoints, options)
+            plan = pipeline.plan_models(checkpoints, options, progress)
+            text, value = _plan_text(plan), _plan_json(plan)
+        else:
+            value = pipeline.run(models, command["out"], options, progress)
+            text = render(value, command["out"])
+    if command["json"]:
+        common.write_json(value)
+    else:
+        common.write_out(text)
+    return 0 if command["dry_run"] else value["summary"]["exit_code"]
+
+
+def render(report: dict[str, Any], out: str) -> str:
+    """The report for people."""
+    summary = report["summary"]
+    solved = [t for t in report["tensors"] if t["code"] is not None]
+    n_models = sum(entry["duplicate_of"] is None for entry in report["inputs"])
+    good = sum(t["code"] == "OK" for t in solved)
+    lines = [
+        f"{good} of {len(solved)} differing matrices recovered from {n_models} models "
+        f"in {report['seconds']:.1f} s ({report['device']})",
+    ]
+    if solved:
+        lines += ["", _solved_table(solved)]
+    lines += ["", _counts(summary)]
+    lines += [f"warning: {text}" for text in report["warnings"]]
+    lines += _failures(report["tensors"])
+    if summary["base_written"]:
+        lines += [
+            "",
+            f"base      {out}/base",
+            f"adapters  {out}/adapters/{{{', '.join(_adapter_names(report))}}}",
+        ]
+    else:
+        lines += ["", "no base was written"]
+    lines += [f"report    {out}/report.json"]
+    if summary["base_written"]:
+        lines += ["", f"next: jdetune verify {out}"]
+    return "\n".join(lines)
+
+
+def _solved_table(tensors: Sequence[dict[str, Any]]) -> str:
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for tensor in tensors:
+        key = (tensor["code"], tuple(tensor["shape"]), tensor["dtype"])
+        groups.setdefault(key, []).append(tensor)
+    rows = []
+    for (code, shape, dtype), members in groups.items():
+        known = code in ("OK", "NOISE_DOMINATED", "NOT_CONVERGED")
+        ranks = [rank for member in members for rank in member["ranks"] or ()] if known else []
+        rows.append(
+            [
+                f"{shape[0]} x {shape[1]} {dtype}",
+                str(len(members)),
+                code,
+                common.span(ranks),
+                common.fixed(common.mean([m["predicted_error"] for m in members])),
+                common.fixed(common.mean([m["exact_fraction_est"] for m in members]), 3),
+                common.fixed(common.mean([m["residual_ratio"] for m in members])),
+            ]
+        )
+    headers = ["matrix", "n", "status", "ranks", "log10 MSE (est.)", "exact (est.)", "residual"]
+    return common.table(headers, rows)
+
+
+def _counts(summary: dict[str, Any]) -> str:
+    words = {
+        "copied": "equal in all models, copied",
+        "consensus": "taken from the majority",
+        "per_model": "different in most models, kept with each adapter",
+        "failed": "failed",
+        "skipped": "skipped",
+    }
+    parts = [f"{summary[key]} {text}" for key, text in words.items() if summary[key]]
+    return "other tensors: " + ("; ".join(parts) if parts else "none")
+
+
+def _failures(tensors: Sequence[dict[str, Any]]) -> list[str]:
+    """Every distinct reason once, with how many tensors it holds for and an example."""
+    reasons: dict[str, list[str]] = {}
+    for tensor in tensors:
+        bad = tensor["code"] not in (None, "OK") or tensor["status"] in ("failed", "skipped")
+        if bad or tensor["status"] == "per_model":
+            reasons.setdefault(tensor["reason"] or "unknown", []).append(tensor["name"])
+    return [
+        f"{len(names)} tensor(s), e.g. {names[0]}: {reason}" for reason, names in reasons.items()
+    ]
+
+
+def _adapter_names(report: dict[str, Any]) -> list[str]:
+    names = [entry["name"] for entry in report["inputs"] if entry["duplicate_of"] is None]
+    return names if len(names) <= 6 else [*names[:5], f"... {len(names) - 5} more"]
+
+
+def _plan_json(plan: Any) -> dict[str, Any]:
+    return {
+        "models": [c.name for c in plan.checkpoints],
+        "duplicates": dict(plan.duplicates),
+        "warnings": list(plan.warnings),
+        "tensors": [
+            {"name": t.name, "shape": list(t.shape), "dtype": t.dtype}
+            | {"action": t.action, "reason": t.reason}
+            for t in plan.tensors
+        ],
+    }
+
+
+def _plan_text(plan: Any) -> str:
+    actions = ("recover", "identical", "consensus", "per_model", "failed", "skipped")
+    rows = [[action, str(len(plan.names(action)))] for action in actions if plan.names(action)]
+    lines = [f"{len(plan.checkpoints)} distinct models", "", common.table(["tensors", "n"], rows)]
+    lines += [f"warning: {name} equals {twin}" for name, twin in plan.duplicates]
+    lines += [f"warning: {text}" for text in plan.warnings]
+    if plan.names("recover"):
+        lines += ["", "to recover:", *(f"  {name}" for name in plan.names("recover"))]
+    return "\n".join(lines)

@@ -1,0 +1,181 @@
+"""Looks at checkpoints without recovering them: headers, and the ranks of a few matrices."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jdetune.checkpoint.index import Checkpoint
+from jdetune.checkpoint.manifest import GROUP_BYTES, read_stack
+from jdetune.checkpoint.reader import digest, numpy_dtype
+from jdetune.report import main_dtype, number
+from jdetune.result import Recovery
+from jdetune.status import Status
+
+#: Working arrays of a solve, in copies of the stack it solves, taken as float64.
+_WORKING_COPIES = 3
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a model's headers say."""
+    return {
+        "name": checkpoint.name,
+        "path": str(checkpoint.path),
+        "dtype": main_dtype(checkpoint),
+        "tensors": len(checkpoint.tensors),
+        "parameters": checkpoint.n_parameters,
+        "bytes": stored_bytes(checkpoint),
+        "files": len(checkpoint.files),
+        "model_type": checkpoint.config.get("model_type"),
+    }
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all tensors."""
+    return sum(
+        math.prod(info.shape) * numpy_dtype(info.dtype).itemsize
+        for info in checkpoint.tensors.values()
+    )
+
+
+def common_names(checkpoints: Sequence[Checkpoint]) -> tuple[list[str], list[str]]:
+    """Names of one shape and dtype in all models, and the names that are not."""
+    everything = dict.fromkeys(name for c in checkpoints for name in c.tensors)
+    alike, unlike = [], []
+    for name in everything:
+        infos = [c.tensors.get(name) for c in checkpoints]
+        kinds = {(info.shape, info.dtype) if info else None for info in infos}
+        (alike if len(kinds) == 1 and None not in kinds else unlike).append(name)
+    return alike, unlike
+
+
+def sample_differing(
+    checkpoints: Sequence[Checkpoint], names: Sequence[str], count: int
+) -> dict[str, np.ndarray]:
+    """The first differing matrices, shape after shape, so that every shape gets its turn.
+
+    Args:
+      checkpoints: opened models.
+      names: tensors that all of them have alike.
+      count: how many to find; reading stops there.
+
+    Returns:
+      Name to [model, row, col].
+    """
+    by_shape: dict[tuple, list[str]] = {}
+    for name in names:
+        info = checkpoints[0].tensors[name]
+        if info.is_matrix:
+            by_shape.setdefault((info.shape, info.dtype), []).append(name)
+    queues = [iter(queue) for queue in by_shape.values()]
+    found: dict[str, np.ndarray] = {}
+    while queues and len(found) < count:
+        alive = []
+        for queue in queues:
+            for name in queue:
+                stack = read_stack(checkpoints, name)
+                if len({digest(matrix) for matrix in stack}) > 1:
+                    found[name] = stack
+                    alive.append(queue)
+                    break
+            if len(found) == count:
+                break
+        queues = alive
+    return found
+
+
+def distinct_models(sample: Mapping[str, np.ndarray], n_models: int) -> int:
+    """How many models differ in the sample; a lower bound for the whole."""
+    marks = {tuple(digest(stack[i]) for stack in sample.values()) for i in range(n_models)}
+    return len(marks)
+
+
+def memory_estimate(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> int:
+    """Bytes of memory that ``recover`` needs if every matrix differs: an upper estimate.
+
+    The largest group of equal-shaped matrices with its working copies in float64, and all
+    recovered bases, which are kept until they are written.
+    """
+    sizes: dict[tuple, list[int]] = {}
+    for name in names:
+        info = checkpoints[0].tensors[name]
+        if info.is_matrix:
+            width = numpy_dtype(info.dtype).itemsize
+            stored = math.prod(info.shape) * width * len(checkpoints)
+            sizes.setdefault((info.shape, info.dtype, 8 // width), []).append(stored)
+    groups = [
+        max(min(sum(group), GROUP_BYTES), max(group)) * factor * _WORKING_COPIES
+        for (_, _, factor), group in sizes.items()
+    ]
+    bases = sum(sum(group) for group in sizes.values()) // max(1, len(checkpoints))
+    return max(groups, default=0) + bases
+
+
+def inspect(
+    checkpoints: Sequence[Checkpoint],
+    count: int,
+    recover: Callable[..., Mapping[str, Recovery]],
+) -> dict[str, Any]:
+    """Headers of all models and the solver's word on a few matrices.
+
+    Args:
+      checkpoints: opened models.
+      count: matrices to try.
+      recover: ``jdetune.recover``.
+
+    Returns:
+      A dict for JSON with ``models``, ``sample``, ``exit_code`` and a ``verdict``.
+    """
+    alike, unlike = common_names(checkpoints)
+    sample = sample_differing(checkpoints, alike, count)
+    n_distinct = distinct_models(sample, len(checkpoints)) if sample else 1
+    entries = []
+    if sample and n_distinct >= 3:
+        solved = recover(sample)
+        entries = [_sample_entry(name, solved[name], sample[name]) for name in sample]
+    code, verdict = _judge(entries, n_distinct, bool(alike))
+    matrices = [name for name in alike if checkpoints[0].tensors[name].is_matrix]
+    return {
+        "models": [describe(checkpoint) for checkpoint in checkpoints],
+        "alike": len(alike),
+        "matrices": len(matrices),
+        "unlike": unlike,
+        "distinct_in_sample": n_distinct,
+        "sample": entries,
+        "memory_bytes": memory_estimate(checkpoints, alike),
+        "read_bytes": sum(stored_bytes(c) for c in checkpoints),
+        "write_bytes": stored_bytes(checkpoints[0]),
+        "verdict": verdict,
+        "exit_code": code,
+    }
+
+
+def _sample_entry(name: str, found: Recovery, stack: np.ndarray) -> dict[str, Any]:
+    code = Status(int(found.status))
+    return {
+        "name": name,
+        "shape": list(stack.shape[1:]),
+        "dtype": str(stack.dtype),
+        "code": code.name,
+        "ranks": [int(rank) for rank in np.asarray(found.ranks)] if code.has_base else None,
+        "predicted_error": number(found.predicted_error, floor=-40.0),
+        "residual_ratio": number(found.stats.get("residual_ratio")),
+        "reason": None if code is Status.OK else code.message,
+    }
+
+
+def _judge(
+    entries: Sequence[Mapping[str, Any]], n_distinct: int, any_alike: bool
+) -> tuple[int, str]:
+    if not any_alike:
+        return 4, "the models have no tensor in common: they are not fine-tunes of one base"
+    if n_distinct < 3:
+        return 3, Status.TOO_FEW_MODELS.message
+    bad = [Status[e["code"]] for e in entries if e["code"] != "OK"]
+    if not bad:
+        return 0, "recoverable: run `jdetune recover` with these models and --out=DIR"
+    if len(bad) < len(entries):
+        return 0, f"recoverable in part: {len(bad)} of {len(entries)} sampled matrices are not"
+    worst = max(bad, key=lambda code: code.exit_code)
+    return worst.exit_code, f"not recoverable: {worst.message}"

@@ -1,0 +1,133 @@
+"""The output folder: what may be written where, staging, and names of models."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from jdetune.checkpoint.index import Checkpoint, read_json
+from jdetune.errors import InputError, OutputError
+
+STAGE = ".jdetune"
+#: What a recovery leaves in OUT, in the order it is put in place; nothing else is ever removed.
+PRODUCTS = ("base", "adapters", "report.html", "report.json")
+_MAX_NAME = 100
+
+
+def check_out(out: Path, models: Sequence[Path], overwrite: bool) -> None:
+    """Refuses an output folder that would endanger the inputs or somebody's files.
+
+    Args:
+      out: the folder asked for; need not exist.
+      models: paths of the models.
+      overwrite: whether a former output of jdetune may be replaced.
+
+    Raises:
+      OutputError: OUT touches a model, or exists and may not be replaced.
+    """
+    real = out.resolve()
+    for model in models:
+        path = model.resolve()
+        if real == path or real.is_relative_to(path) or path.is_relative_to(real):
+            raise OutputError(
+                f"--out={out}: equal to, inside or around the model {model}. Choose a folder that "
+                "holds no input."
+            )
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"--out={out}: is a file. Choose a folder.")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"--out={out}: is not empty. Choose another folder, or add --overwrite.")
+    if not _is_ours(out):
+        raise OutputError(
+            f"--out={out}: holds files that jdetune did not write, so --overwrite leaves it alone. "
+            "Choose another folder."
+        )
+
+
+def check_demo(out: Path, base: Path, overwrite: bool) -> None:
+    """Refuses a demo's folder that is not empty, or that is no former demo with overwrite."""
+    check_out(out / "recovered", [base], overwrite)
+    if out.is_file():
+        raise OutputError(f"--out={out}: is a file. Choose a folder.")
+    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if found and not overwrite:
+        raise OutputError(f"--out={out}: is not empty. Choose another folder, or add --overwrite.")
+    if not found <= {"models", "recovered"}:
+        raise OutputError(
+            f"--out={out}: holds files that the demo did not write. Choose another folder."
+        )
+
+
+def start_stage(out: Path) -> Path:
+    """An empty OUT/.jdetune to build in."""
+    stage = out / STAGE
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _remove(stage)
+        stage.mkdir()
+    except OSError as error:
+        raise OutputError(f"--out={out}: cannot be written ({error}). Check the rights.") from error
+    return stage
+
+
+def place(out: Path, stage: Path) -> None:
+    """Puts what was built in place of a former output; the report comes last."""
+    try:
+        for name in reversed(PRODUCTS):
+            _remove(out / name)
+        for name in PRODUCTS:
+            if (stage / name).exists():
+                (stage / name).rename(out / name)
+        _remove(stage)
+    except OSError as error:
+        raise OutputError(f"--out={out}: cannot be finished ({error}); see {stage}.") from error
+
+
+def model_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Folder names of the models: basenames made safe, and unique also on case-blind disks."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for checkpoint in checkpoints:
+        name = checkpoint.name
+        if name == "model" and checkpoint.path.is_file():
+            name = checkpoint.path.resolve().parent.name
+        stem = safe_name(name)
+        unique, count = stem, 1
+        while unique.casefold() in taken:
+            count += 1
+            unique = f"{stem}-{count}"
+        taken.add(unique.casefold())
+        names.append(unique)
+    return names
+
+
+def safe_name(name: str) -> str:
+    """A folder name of letters, digits, dot, dash and underscore that does not start with a dot.
+
+    Example:
+      >>> safe_name("my model/.."), safe_name("..")
+      ('my-model-..', 'model')
+    """
+    kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+    return kept.lstrip(".-")[:_MAX_NAME] or "model"
+
+
+def _is_ours(out: Path) -> bool:
+    if (out / STAGE).is_dir():
+        return True
+    try:
+        return str(read_json(out / "report.json").get("schema", "")).startswith("jdetune.report/")
+    except InputError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link or a folder; never follows a link."""
+    if path.is_symlink() or path.is_file():
+        os.unlink(path)
+    elif path.is_dir():
+        shutil.rmtree(path)

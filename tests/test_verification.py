@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+
+from jdetune import pipeline, verification
+from jdetune.checkpoint import open_checkpoint, read_tensor, save_safetensors
+from jdetune.errors import InputError
+from tests import pico
+
+NAME = "encoder.layer.0.query.weight"
+
+
+@pytest.fixture
+def recovered(tmp_path):
+    family = pico.make(tmp_path)
+    pico.write(tmp_path / "truth", family.base)
+    pipeline.run(family.paths, tmp_path / "out", recover_fn=pico.truth_teller(family.base))
+    return family
+
+
+def spoil(folder, change, file="model.safetensors"):
+    checkpoint = open_checkpoint(folder / file)
+    tensors = {name: read_tensor(checkpoint, name) for name in checkpoint.tensors}
+    change(tensors)
+    save_safetensors(folder / file, tensors)
+
+
+def test_a_perfect_recovery_passes(tmp_path, recovered):
+    found = verification.verify(tmp_path / "out", tmp_path / "truth")
+    assert found["w_error"] == -40.0
+    assert found["exact_fraction"] == 1.0
+    assert found["copied"] == found["copied_equal"] == 5
+    assert found["ulp"]["0"] == 4 * 48 * 32
+    assert found["failures"] == []
+    assert len(found["models"]) == 3
+    assert all(model["worst"] < 1.0 for model in found["models"])
+
+
+def test_a_wrong_element_is_measured(tmp_path, recovered):
+    def change(tensors):
+        tensors[NAME] = tensors[NAME].copy()
+        tensors[NAME][0, 0] += 1e-3
+
+    spoil(tmp_path / "out" / "base", change)
+    found = verification.verify(tmp_path / "out", tmp_path / "truth")
+    row = next(row for row in found["tensors"] if row["name"] == NAME)
+    assert row["w_error"] == pytest.approx(np.log10(1e-6 / (48 * 32)), abs=1e-2)
+    assert row["exact_fraction"] == 1 - 1 / (48 * 32)
+    assert row["ulp"][">8"] == 1
+    assert len(found["failures"]) == 3
+    assert NAME in found["failures"][0]
+
+
+def test_a_wrong_factor_fails_one_model(tmp_path, recovered):
+    def change(tensors):
+        key = next(key for key in tensors if "lora_A" in key)
+        tensors[key] = tensors[key] * np.float32(1.001)
+
+    spoil(tmp_path / "out" / "adapters" / "tune-1", change, "adapter_model.safetensors")
+    found = verification.verify(tmp_path / "out")
+    assert len(found["failures"]) == 1
+    assert found["failures"][0].startswith("tune-1: ")
+
+
+def test_a_copied_tensor_that_changed_is_found(tmp_path, recovered):
+    def change(tensors):
+        tensors["classifier.bias"] = tensors["classifier.bias"] + np.float32(1e-6)
+
+    spoil(tmp_path / "out" / "base", change)
+    found = verification.verify(tmp_path / "out", tmp_path / "truth")
+    assert found["copied_equal"] == found["copied"] - 1
+    assert "classifier.bias" in found["failures"][0]
+
+
+def test_models_can_be_given_or_must_be_there(tmp_path, recovered):
+    moved = []
+    for path in recovered.paths:
+        path.rename(path.with_name(f"moved-{path.name}"))
+        moved.append(path.with_name(f"moved-{path.name}"))
+    with pytest.raises(InputError, match="no longer where"):
+        verification.verify(tmp_path / "out")
+    assert verification.verify(tmp_path / "out", tmp_path / "truth")["models"] == []
+    assert verification.verify(tmp_path / "out", None, moved)["failures"] == []
+    wrong = verification.verify(tmp_path / "out", None, moved[::-1])
+    assert wrong["failures"]
+    with pytest.raises(InputError, match="names 1 models"):
+        verification.verify(tmp_path / "out", None, moved[:1])
+
+
+def test_noise_unit_is_never_below_half_an_ulp():
+    weights = np.array([[1.0, 2.0**-20], [2.0**-20, 2.0**-20]], np.float32)
+    unit = verification.noise_unit(weights)
+    assert unit[0, 0] == 2.0**-24
+    assert unit[0, 1] == pytest.approx(2.0**-23 / np.sqrt(24), rel=1e-6)
+    assert unit[1, 1] == pytest.approx(2.0**-44, rel=1e-6)
