@@ -1,6 +1,11 @@
 """Recover base weights and LoRA adapters from merged checkpoints."""
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# JAX takes LAPACK from SciPy's OpenBLAS, loaded at the first factorisation. Its threads and XLA's
+# wait for each other: a solve of a second then takes minutes. A setting of the user's stays.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from jdetune.errors import RecoveryFailed as RecoveryFailed
 from jdetune.rank_schedule import RankSchedule as RankSchedule

@@ -3,8 +3,10 @@
 Every product asks for full precision by name, because the default is TF32 on NVIDIA GPUs and
 bfloat16 on TPUs. Inside a scope of ``jax.enable_x64`` the work is done in float64 with Gram
 matrices and eigh, which are truly batched on GPUs; in float32 (TPU) it falls back to Householder QR
-and to sums in blocks. No batched triangular or linear solve is used anywhere: two of them in one
-program deadlock on the CPU of jaxlib 0.10.2.
+and to sums in blocks.
+
+On CPU every factorisation is called on one matrix at a time. A batch would be spread over the
+thread pool of XLA, and two such batches in one program deadlock on few cores in jaxlib 0.10.2.
 """
 
 from collections.abc import Callable
@@ -16,6 +18,22 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 Precision: TypeAlias = Literal["auto", "float64", "float32"]
+
+
+def _one_at_a_time(function: Callable[[Array], tuple[Array, ...]]):
+    """``function`` of a square or tall matrix, for stacks of them: on CPU one after another."""
+    sequential = jax.custom_batching.sequential_vmap(function)
+
+    def apply(matrix: Array) -> tuple[Array, ...]:
+        if matrix.ndim > 2:
+            return jax.vmap(apply)(matrix)
+        return lax.platform_dependent(matrix, cpu=sequential, default=function)
+
+    return apply
+
+
+_eigh = _one_at_a_time(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
+_qr = _one_at_a_time(lambda matrix: tuple(jnp.linalg.qr(matrix)))
 
 #: Blocks that a long float32 product is split into, so that rounding grows with the block.
 FLOAT32_BLOCKS = 16
@@ -85,12 +103,12 @@ def orthonormalize(y: Float[Array, "row width"]) -> Float[Array, "row width"]:
     working precision. In float32: Householder QR.
     """
     if y.dtype == jnp.float32:
-        return jnp.linalg.qr(y)[0]
+        return _qr(y)[0]
     return _whiten(_whiten(y))
 
 
 def _whiten(y: Float[Array, "row width"]) -> Float[Array, "row width"]:
-    values, vectors = jnp.linalg.eigh(matmul(y.T, y))
+    values, vectors = _eigh(matmul(y.T, y))
     info = jnp.finfo(y.dtype)
     floor = jnp.maximum(values[-1] * (info.eps * y.shape[1]), info.tiny)
     return matmul(y, vectors * lax.rsqrt(jnp.maximum(values, floor)))
@@ -100,7 +118,7 @@ def eigh_descending(
     symmetric: Float[Array, "*b n n"],
 ) -> tuple[Float[Array, "*b n"], Float[Array, "*b n n"]]:
     """Eigenvalues, largest first, and eigenvectors as columns."""
-    values, vectors = jnp.linalg.eigh(symmetric)
+    values, vectors = _eigh(symmetric)
     return values[..., ::-1], vectors[..., ::-1]
 
 
@@ -116,6 +134,7 @@ def svd_square(
     return lax.platform_dependent(square, cpu=_svd_lapack, default=_svd_jordan_wielandt)
 
 
+@jax.custom_batching.sequential_vmap
 def _svd_lapack(square: Array) -> tuple[Array, Array, Array]:
     left, values, right = jnp.linalg.svd(square)
     return left, values, right.T
@@ -131,7 +150,7 @@ def _svd_jordan_wielandt(square: Array) -> tuple[Array, Array, Array]:
 
 def inverse_psd(symmetric: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
     """Pseudoinverse of a positive semidefinite matrix; its null space (masked axes) stays null."""
-    values, vectors = jnp.linalg.eigh(symmetric)
+    values, vectors = _eigh(symmetric)
     floor = values[..., -1:] * (jnp.finfo(symmetric.dtype).eps * symmetric.shape[-1])
     safe = jnp.where(values > floor, values, 1)
     weights = jnp.where(values > floor, 1 / safe, 0)
@@ -160,15 +179,17 @@ def orthonormalize_leading(
     y = jnp.where(active, y, 0)
     if y.dtype == jnp.float32:
         return _qr_leading(y, active)
-    return lax.platform_dependent(
-        y, active, cpu=_qr_leading, default=lambda y, _: _whiten(_whiten(y))
-    )
+    return lax.platform_dependent(y, active, cpu=_qr_leading, default=_whiten_leading)
 
 
 def _qr_leading(y: Array, active: Array) -> Array:
-    return jnp.where(active, jnp.linalg.qr(y)[0], 0)
+    return jnp.where(active, _qr(y)[0], 0)
+
+
+def _whiten_leading(y: Array, active: Array) -> Array:
+    return jnp.where(active, _whiten(_whiten(y))[:, ::-1], 0)  # eigh puts the null space first
 
 
 def qr_basis(y: Float[Array, "side width"]) -> Float[Array, "side width"]:
     """Orthonormal columns by Householder QR: a continuous function of columns of full rank."""
-    return jnp.linalg.qr(y)[0]
+    return _qr(y)[0]

@@ -5,10 +5,13 @@ uniform on half a unit in the last place either side: variance :math:`\mathrm{ul
 Nothing here is tuned; the noise is known from the data.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float
+
+from jdetune import linalg
 
 #: Safety factor on the spectral edge: finite matrices leave the asymptotic edge by a few percent.
 EDGE_MARGIN = 1.1
@@ -67,3 +70,34 @@ def sigma(weights: np.ndarray) -> float:
       1.0
     """
     return float(np.sqrt(np.mean(np.asarray(ulp(jnp.asarray(weights)), np.float64) ** 2) / 12))
+
+
+def merge_variance(
+    weights: Float[Array, "model row col"],
+    left: Float[Array, "model row rank"],
+    right: Float[Array, "model rank col"],
+) -> Float[Array, "model row col"]:
+    r"""Variance of each merged weight's error: rounding to storage, and float32 arithmetic.
+
+    :math:`\mathrm{ulp}(W')^2 / 12 + 2^{-48} r\,(B \circ B)(A \circ A) / 12`. The second term is the
+    random walk of a float32 sum of r products; without it, elements near zero, whose own spacing is
+    tiny, would count a million times too much.
+
+    Args:
+      weights: merged weights as stored.
+      left: B of each update.
+      right: A of each update.
+
+    Returns:
+      Variances, in the dtype of the factors; never zero.
+    """
+    dtype = left.dtype
+    rank = left.shape[2]
+
+    def one(operands: tuple[Array, Array, Array]) -> Array:
+        stored, b, a = operands
+        products = linalg.matmul(jnp.square(b), jnp.square(a))
+        return (jnp.square(ulp(stored).astype(dtype)) + 2.0**-48 * rank * products) / 12
+
+    variance = jax.lax.map(one, (weights, left, right))
+    return jnp.maximum(variance, jnp.mean(variance) * 1e-12 + jnp.finfo(dtype).tiny)

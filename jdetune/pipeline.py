@@ -3,9 +3,7 @@
 import dataclasses
 import datetime
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -180,21 +178,18 @@ def device_name() -> str:
 
 
 def version() -> str:
-    """Installed version of jdetune, ``unknown`` in a bare source tree."""
-    try:
-        return metadata.version("jdetune")
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    """Version of jdetune."""
+    from jdetune import __version__
+
+    return __version__
 
 
 def default_recover(stacks: Mapping[str, np.ndarray], **options: Any) -> Mapping[str, Recovery]:
-    """``jdetune.recover``, imported when it is needed, without its warning of duplicates."""
+    """``jdetune.recover`` for models known to be distinct, imported when it is needed."""
     from jdetune.recovery import recover
 
-    with warnings.catch_warnings():
-        # duplicates are known from the whole checkpoints; in one group they are rank 0
-        warnings.filterwarnings("ignore", message="models .* equal an earlier model")
-        return recover(stacks, **options)
+    # duplicates are known from whole checkpoints; equal in one group only, models are rank 0 there
+    return recover(stacks, drop_duplicates=False, **options)
 
 
 def _to_host(found: Recovery) -> Recovery:

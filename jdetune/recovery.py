@@ -30,6 +30,7 @@ def recover(
     *,
     throw: bool = False,
     progress: Progress | None = None,
+    drop_duplicates: bool = True,
 ) -> Recovery: ...
 
 
@@ -40,6 +41,7 @@ def recover(
     *,
     throw: bool = False,
     progress: Progress | None = None,
+    drop_duplicates: bool = True,
 ) -> Recoveries: ...
 
 
@@ -49,6 +51,7 @@ def recover(
     *,
     throw: bool = False,
     progress: Progress | None = None,
+    drop_duplicates: bool = True,
 ) -> Recovery | Recoveries:
     r"""Recovers the base and every model's update from merged weights.
 
@@ -62,6 +65,8 @@ def recover(
       solver: ``SubspaceIntersection()`` by default, or ``SpectralDeTuning(rank=...)``.
       throw: raise if any layer's status is not OK.
       progress: called with (layers done, layers in all).
+      drop_duplicates: leave out models that equal an earlier one in every layer handed in. False
+        where the caller knows that the models are distinct in layers that are not handed in.
 
     Returns:
       A ``Recovery`` (no layer axis for a 3-D stack), or ``Recoveries`` by name for a mapping.
@@ -86,8 +91,8 @@ def recover(
     if not isinstance(solver, SubspaceIntersection | SpectralDeTuning):
         raise ValueError(f"solver is a jdetune solver, got {type(solver).__name__}")
     layers = as_mapping(stack)
-    kept = distinct_models(layers)
     n_models = next(iter(layers.values())).shape[0]
+    kept = distinct_models(layers) if drop_duplicates else tuple(range(n_models))
     if len(kept) < n_models:
         dropped = sorted(set(range(n_models)) - set(kept))
         warnings.warn(

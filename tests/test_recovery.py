@@ -94,6 +94,14 @@ def test_duplicates_are_dropped_with_a_warning_and_share_adapters():
     assert found.ranks.tolist() == [4] * 4
 
 
+def test_models_that_happen_to_be_equal_here_keep_rank_zero_if_told_so():
+    family = synth.family(4, 48, 40, [4, 4, 0, 0])
+    assert (family.merged[2] == family.merged[3]).all()
+    found = jdetune.recover(family.merged, drop_duplicates=False)
+    assert found.ok
+    assert found.ranks.tolist() == [4, 4, 0, 0]
+
+
 def test_models_equal_in_one_layer_only_have_rank_zero_there():
     first, second = synth.family(3, 48, 40, 4, seed=1), synth.family(3, 48, 40, 4, seed=2)
     merged = first.merged.copy()

@@ -102,7 +102,8 @@ class Command:
             choices = getattr(flag.parser, "enum_values", None)
             value = "" if flag.boolean else "=" + ("|".join(choices) if choices else "VALUE")
             default = "" if flag.default in (None, False) else f" Default: {flag.default}."
-            lines += [f"  --{name}{value}", f"      {flag.help.splitlines()[0]}{default}"]
+            text = flag.help.splitlines()[0].removeprefix(f"<{'|'.join(choices or ())}>: ")
+            lines += [f"  --{name}{value}", f"      {text}{default}"]
         return "\n".join([*lines, "", self._notes] if self._notes else lines)
 
     def command_line(self, argv: Sequence[str]) -> str:

@@ -40,11 +40,12 @@ def add_solver_flags(command: Command) -> None:
     command.integer("rank", None, "Rank of all updates, for --solver=spectral.")
     command.integer("steps", 300, "Iterations, for --solver=spectral.")
     command.choice(
-        "precision",
-        "auto",
-        ("auto", "float64", "float32"),
-        "Arithmetic of --solver=intersection.",
+        "space",
+        "full",
+        ("full", "core"),
+        "Where --solver=spectral iterates: on the weights, as the paper does, or on small cores.",
     )
+    command.choice("precision", "auto", ("auto", "float64", "float32"), "Arithmetic.")
 
 
 def make_solver(command: Command) -> Any:
@@ -55,7 +56,12 @@ def make_solver(command: Command) -> Any:
         from jdetune.solvers.spectral import SpectralDeTuning
 
         try:
-            return SpectralDeTuning(rank=command["rank"], steps=command["steps"])
+            return SpectralDeTuning(
+                rank=command["rank"],
+                steps=command["steps"],
+                space=command["space"],
+                precision=command["precision"],
+            )
         except ValueError as error:
             raise UsageError(f"--rank, --steps: {error}.") from error
     if command["rank"] is not None:

@@ -30,24 +30,18 @@ Differs from the authors' code:
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from jdetune import core, linalg, rank_schedule
+from jdetune import core, linalg
 from jdetune.noise import ulp
 from jdetune.rank_schedule import RankSchedule
+from jdetune.solvers.alternation import Draw, Factors, Plan, Problem, iterate, sum_models
 from jdetune.types import Array as AnyArray
-
-#: (step from 0, model) to a Gaussian sketch [sketched side, rank] for the matrices of full size.
-Draw = Callable[[Array, Array], Array]
-
-#: Power steps of the randomized truncation.
-POWER_STEPS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +52,8 @@ class SpectralDeTuning:
       rank: rank of every update, the end rank of the schedule.
       steps: steps of the iteration.
       schedule: how the rank grows.
-      space: ``core`` iterates on small cores, ``full`` on the weights themselves.
+      space: ``full`` iterates on the weights themselves, as the paper does; ``core`` on small cores,
+        which is faster and, in float64, more accurate.
       precision: dtype of the iteration. ``auto`` is, in core space, float64 where the hardware has
         it and float32 on TPU; in full space float32.
       seed: of the sketches.
@@ -71,7 +66,7 @@ class SpectralDeTuning:
     rank: int
     steps: int = 300
     schedule: RankSchedule = RankSchedule()
-    space: Literal["core", "full"] = "core"
+    space: Literal["core", "full"] = "full"
     precision: linalg.Precision = "auto"
     seed: int = 0
 
@@ -111,169 +106,6 @@ class SpectralSolution(NamedTuple):
     loss: Float[Array, "layer step"]
     rank_history: Int[Array, "layer step"]
     residual_ratio: Float[Array, " layer"]
-
-
-class Factors(NamedTuple):
-    """Updates of one layer in the space of the iteration: left @ right^T."""
-
-    left: Float[Array, "model left_side rank"]
-    right: Float[Array, "model right_side rank"]
-
-
-class Carry(NamedTuple):
-    """What one step hands to the next, for one layer."""
-
-    estimate: Float[Array, "left_side right_side"]
-    factors: Factors
-    schedule: rank_schedule.RankState
-
-
-class Problem(NamedTuple):
-    """One layer in the space of the iteration.
-
-    Attributes:
-      data: merged weights, or cores of their differences.
-      outside: mean square outside the space, added to the loss.
-      basis: basis [sketched side, width] that sketches of full size are brought to the core with,
-        or None if they are drawn in the space of the iteration.
-    """
-
-    data: Float[Array, "model left_side right_side"]
-    outside: Float[Array, ""]
-    basis: Float[Array, "sketched width"] | None
-
-
-def truncate(
-    matrix: Float[Array, "left_side right_side"],
-    sketch: Float[Array, "sketched rank"],
-    active: Bool[Array, " rank"],
-    transposed: bool,
-) -> tuple[Float[Array, "left_side rank"], Float[Array, "right_side rank"]]:
-    r"""Randomized truncation :math:`Q Q^T A` with two power steps and no oversampling.
-
-    Args:
-      matrix: A.
-      sketch: Gaussian columns, on the right side, or on the left one if ``transposed``.
-      active: which of the leading columns are used: their number is the rank.
-      transposed: whether Q spans rows (:math:`A Q Q^T`), as for matrices wider than tall.
-
-    Returns:
-      Factors, left and right, with zero columns past the rank.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> a = jnp.outer(jnp.arange(3.0), jnp.arange(2.0))
-      >>> left, right = truncate(a, jnp.ones((2, 1)), jnp.array([True]), False)
-      >>> bool(jnp.allclose(left @ right.T, a))
-      True
-    """
-    if transposed:
-        right, left = truncate(matrix.T, sketch, active, transposed=False)
-        return left, right
-
-    def image(columns: Array) -> Array:
-        return linalg.orthonormalize_leading(linalg.matmul(matrix, columns), active)
-
-    def coimage(columns: Array) -> Array:
-        return linalg.contract("ab,ar->br", matrix, columns)
-
-    basis = image(sketch)
-    for _ in range(POWER_STEPS):
-        basis = image(linalg.orthonormalize_leading(coimage(basis), active))
-    return basis, coimage(basis)
-
-
-def step_layer(
-    problem: Problem,
-    carry: Carry,
-    sketches: Float[Array, "model sketched rank"],
-    solver: SpectralDeTuning,
-    n_elements: int,
-    transposed: bool,
-) -> tuple[Carry, Float[Array, ""]]:
-    """One M-step, W-step and schedule step of one layer.
-
-    Args:
-      problem: the layer.
-      carry: from the step before.
-      sketches: a Gaussian matrix a model.
-      solver: the hyperparameters.
-      n_elements: elements of the weight matrix, which the loss is a mean over.
-      transposed: whether the weight matrix is wider than tall.
-
-    Returns:
-      The next carry, and the loss with the new estimate, rounded to float32.
-    """
-    n_models = problem.data.shape[0]
-    active = jnp.arange(solver.rank, dtype=jnp.int32) < carry.schedule.rank
-
-    def one(stored: Array, sketch: Array) -> tuple[Array, Array]:
-        return truncate(stored - carry.estimate, sketch, active, transposed)
-
-    factors = Factors(*jax.vmap(one)(problem.data, sketches))
-    updates = linalg.contract("mlr,mkr->mlk", *factors)
-    estimate = sum_models(problem.data - updates) / n_models
-    squares = jnp.square(problem.data - (estimate + updates))
-    inside = jnp.sum(squares) / (n_models * n_elements)
-    loss = (inside + problem.outside).astype(jnp.float32)
-    state = rank_schedule.advance(solver.schedule, solver.rank, solver.steps, carry.schedule, loss)
-    return Carry(estimate, factors, state), loss
-
-
-def sum_models(values: Float[Array, "model ..."]) -> Float[Array, "..."]:
-    """Sum over the leading axis, unrolled: XLA's reduction of a leading axis is slow on CPU."""
-    total = values[0]
-    for index in range(1, values.shape[0]):
-        total = total + values[index]
-    return total
-
-
-def iterate(
-    problem: Problem,
-    draw: Draw,
-    solver: SpectralDeTuning,
-    n_elements: int,
-    transposed: bool,
-) -> tuple[Carry, Float[Array, "layer step"], Int[Array, "layer step"]]:
-    """All steps of all layers in one scan.
-
-    Args:
-      problem: fields with a leading layer axis.
-      draw: sketch of a step and model, shared by the layers.
-      solver: the hyperparameters.
-      n_elements: elements of a weight matrix.
-      transposed: whether the weight matrices are wider than tall.
-
-    Returns:
-      The last carry, the loss of every step and the rank it used.
-    """
-    data = problem.data
-    n_layers, n_models = data.shape[:2]
-    models = jnp.arange(n_models, dtype=jnp.int32)
-
-    def of_layer(layer: Problem, carry: Carry, sketches: Array) -> tuple[Carry, Array]:
-        if layer.basis is not None:
-            sketches = linalg.contract("sw,msr->mwr", layer.basis, sketches)
-        return step_layer(layer, carry, sketches, solver, n_elements, transposed)
-
-    def step(carry: Carry, index: Array) -> tuple[Carry, tuple[Array, Array]]:
-        sketches = jax.vmap(lambda model: draw(index, model))(models).astype(data.dtype)
-        after, loss = jax.vmap(of_layer, in_axes=(0, 0, None))(problem, carry, sketches)
-        return after, (loss, carry.schedule.rank)
-
-    start = Carry(
-        estimate=jax.vmap(sum_models)(data) / n_models,
-        factors=Factors(
-            jnp.zeros_like(data, shape=(*data.shape[:3], solver.rank)),
-            jnp.zeros_like(data, shape=(*data.shape[:2], data.shape[3], solver.rank)),
-        ),
-        schedule=jax.tree.map(
-            lambda field: field + jnp.zeros_like(data, shape=(n_layers,), dtype=field.dtype),
-            rank_schedule.init(solver.schedule, (n_layers,)),  # the sum varies as data do
-        ),
-    )
-    last, (loss, ranks) = jax.lax.scan(step, start, jnp.arange(solver.steps, dtype=jnp.int32))
-    return last, loss.T, ranks.T
 
 
 def gaussian_draw(seed: int, side: int, rank: int) -> Draw:
@@ -325,25 +157,31 @@ def solve(
         raise ValueError(f"rank {solver.rank} exceeds the smaller side of [{row}, {col}]")
     with linalg.scope(solver.dtype):
         stack = jnp.asarray(stack)
+        plan = Plan(solver.rank, solver.steps, solver.schedule, row * col, row < col)
         if solver.space == "full":
-            return _solve_full(stack, solver, draw)
-        return _solve_core(stack, solver, draw, batch_size)
+            found = _solve_full(stack, solver, plan, draw)
+        else:
+            found = _solve_core(stack, solver, plan, draw, batch_size)
+        return _solution(stack, solver, *found)
 
 
-def _solve_full(stack: Array, solver: SpectralDeTuning, draw: Draw | None) -> SpectralSolution:
+def _solve_full(
+    stack: Array, solver: SpectralDeTuning, plan: Plan, draw: Draw | None
+) -> tuple[Array, Factors, Array, Array]:
+    """Base, updates, losses and ranks, from the weights themselves."""
     n_layers, _, row, col = stack.shape
     draw = draw or gaussian_draw(solver.seed, min(row, col), solver.rank)
     zero = jnp.zeros((n_layers,), solver.dtype)
     problem = Problem(stack.astype(solver.dtype), zero, None)
-    last, loss, ranks = iterate(problem, draw, solver, row * col, row < col)
-    return _solution(stack, solver, last.estimate, last.factors, loss, ranks)
+    last, loss, ranks = iterate(problem, draw, plan)
+    return last.estimate, last.factors, loss, ranks
 
 
 def _solve_core(
-    stack: Array, solver: SpectralDeTuning, draw: Draw | None, batch_size: int
-) -> SpectralSolution:
+    stack: Array, solver: SpectralDeTuning, plan: Plan, draw: Draw | None, batch_size: int
+) -> tuple[Array, Factors, Array, Array]:
+    """Base, updates, losses and ranks, by way of the cores."""
     _, n_models, row, col = stack.shape
-    transposed = row < col
     widths = core.core_widths(n_models, solver.rank, row, col)
 
     def enter(weights: Array) -> tuple[core.CoreBasis, Array, Array]:
@@ -354,10 +192,10 @@ def _solve_core(
     basis, cores, outside = linalg.map_batched(enter, stack, batch_size)
     if draw is None:
         problem = Problem(cores, outside, None)
-        draw = gaussian_draw(solver.seed, cores.shape[2 if transposed else 3], solver.rank)
+        draw = gaussian_draw(solver.seed, cores.shape[2 if plan.transposed else 3], solver.rank)
     else:
-        problem = Problem(cores, outside, basis.left if transposed else basis.right)
-    last, loss, ranks = iterate(problem, draw, solver, row * col, transposed)
+        problem = Problem(cores, outside, basis.left if plan.transposed else basis.right)
+    last, loss, ranks = iterate(problem, draw, plan)
 
     def leave(operands: tuple[Array, core.CoreBasis, Factors]) -> tuple[Array, Factors]:
         weights, basis, factors = operands
@@ -370,7 +208,7 @@ def _solve_core(
         return base, full
 
     base, factors = linalg.map_batched(leave, (stack, basis, last.factors), batch_size)
-    return _solution(stack, solver, base, factors, loss, ranks)
+    return base, factors, loss, ranks
 
 
 def _solution(

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from jdetune import linalg, synth
 from jdetune.rank_schedule import RankSchedule
-from jdetune.solvers import spectral
+from jdetune.solvers import alternation, spectral
 from jdetune.solvers.spectral import SpectralDeTuning
 from tests import real, reference
 from tests.solvers import reference_spectral
@@ -116,13 +116,16 @@ def test_truncation_is_that_of_a_matrix_of_that_rank():
     a = jnp.asarray(rng.standard_normal((9, 4)) @ rng.standard_normal((4, 12)), jnp.float32)
     for transposed, side in ((False, 12), (True, 9)):
         sketch = jnp.asarray(rng.standard_normal((side, 6)), jnp.float32)
-        left, right = spectral.truncate(a, sketch, jnp.arange(6) < 4, transposed)
+        left, right = alternation.truncate(a, sketch, jnp.arange(6) < 4, transposed)
         np.testing.assert_allclose(left @ right.T, a, atol=1e-5)
-        left, right = spectral.truncate(a, sketch, jnp.arange(6) < 2, transposed)
+        left, right = alternation.truncate(a, sketch, jnp.arange(6) < 2, transposed)
         assert np.linalg.matrix_rank(np.asarray(left @ right.T)) == 2
 
 
-@pytest.mark.parametrize(("precision", "atol"), [("float64", 1e-12), ("float32", 1e-7)])
+@pytest.mark.parametrize(
+    ("precision", "atol"),
+    [("float64", 1e-12), pytest.param("float32", 1e-7, marks=pytest.mark.slow)],
+)
 def test_layers_do_not_meet(precision, atol):
     """A loop (float64), one batch (float32) and shard_map follow one path, converged or not.
 
@@ -130,7 +133,7 @@ def test_layers_do_not_meet(precision, atol):
     """
     count = jax.device_count()
     stack = stacked(count)
-    solver = SpectralDeTuning(3, 60, QUICK, precision=precision)
+    solver = SpectralDeTuning(3, 60, QUICK, "core", precision)
     if precision == "float64":
         base = np.stack([solve(stack[k : k + 1], solver).base[0] for k in range(count)])
     else:
@@ -142,6 +145,39 @@ def test_layers_do_not_meet(precision, atol):
         sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))(stack)
         np.testing.assert_allclose(np.asarray(sharded.base), base, atol=atol)
     assert count > 1
+
+
+def test_sketches_are_gaussian_and_new_every_time():
+    draws = [
+        np.asarray(spectral.gaussian_draw(seed, 500, 8)(jnp.int32(step), jnp.int32(model)))
+        for seed, step, model in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
+    for draw in draws:
+        assert abs(draw.mean()) < 0.08  # 5 standard errors of 4000 numbers
+        assert abs(draw.std() - 1) < 0.06
+    correlation = np.corrcoef([draw.ravel() for draw in draws]) - np.eye(4)
+    assert np.abs(correlation).max() < 0.08
+
+
+def test_both_orthonormalizers_give_one_space():
+    """What GPUs run in float64 and what CPUs run: the same projector, zero past the rank."""
+    rng = np.random.default_rng(0)
+    with linalg.scope(jnp.dtype("float64")):
+        y = jnp.asarray(rng.standard_normal((30, 6)) * np.logspace(0, -5, 6))
+        active = jnp.arange(6) < 4
+        y = jnp.where(active, y, 0)
+        bases = [
+            np.asarray(find(y, active))
+            for find in (
+                linalg._qr_leading,
+                linalg._whiten_leading,
+                linalg.orthonormalize_leading,
+            )
+        ]
+    for basis in bases:
+        np.testing.assert_array_equal(basis[:, 4:], 0)
+        np.testing.assert_allclose(basis.T @ basis, np.diag([1.0] * 4 + [0] * 2), atol=1e-13)
+        np.testing.assert_allclose(basis @ basis.T, bases[0] @ bases[0].T, atol=1e-11)
 
 
 def test_nan_stays_in_its_layer():
