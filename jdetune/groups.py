@@ -197,7 +197,8 @@ def iterate_group(
     for chunk in _chunks(len(layers), size):
         weights = jnp.stack([jnp.asarray(layers[index]) for index in chunk])
         with linalg.scope(solver.dtype):
-            found = {name: np.asarray(value) for name, value in _iterate(weights, solver).items()}
+            arrays = _iterate(weights, solver)
+            found = {name: np.asarray(value) for name, value in arrays.items()}
         for position in range(len(set(chunk))):
             ratio = float(found["residual_ratio"][position])
             yield LayerResult(
@@ -205,7 +206,9 @@ def iterate_group(
                 left=found["left"][position],
                 right=found["right"][position],
                 ranks=found["ranks"][position],
-                status=Status.OK if ratio < CONVERGED_RATIO[str(solver.dtype)] else Status.NOT_CONVERGED,
+                status=Status.OK
+                if ratio < CONVERGED_RATIO[str(solver.dtype)]
+                else Status.NOT_CONVERGED,
                 stats={
                     "residual_ratio": ratio,
                     "loss": found["loss"][position],
@@ -216,8 +219,8 @@ def iterate_group(
 
 def _finish(stack: np.ndarray | Array, found: Mapping[str, Any], dtype: jnp.dtype) -> LayerResult:
     figures = ("residual_ratio", "tail_ratio", "rank_gap", "shared_margin")
-    stats = {name: float(found[name]) for name in figures}
-    if not stats["tail_ratio"] < TAIL_LIMIT[str(dtype)]:
+    stats: dict[str, float | np.ndarray] = {name: float(found[name]) for name in figures}
+    if not float(found["tail_ratio"]) < TAIL_LIMIT[str(dtype)]:
         return failed(stack, Status.NOT_LOW_RANK)._replace(stats=stats)
     if not found["agree"] or found["shared"]:
         return failed(stack, Status.SHARED_DIRECTIONS)._replace(stats=stats)

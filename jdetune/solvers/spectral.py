@@ -52,8 +52,8 @@ class SpectralDeTuning:
       rank: rank of every update, the end rank of the schedule.
       steps: steps of the iteration.
       schedule: how the rank grows.
-      space: ``full`` iterates on the weights themselves, as the paper does; ``core`` on small cores,
-        which is faster and, in float64, more accurate.
+      space: ``full`` iterates on the weights themselves, as the paper does; ``core`` on small
+        cores, which is faster and, in float64, more accurate.
       precision: dtype of the iteration. ``auto`` is, in core space, float64 where the hardware has
         it and float32 on TPU; in full space float32.
       seed: of the sketches.
