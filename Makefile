@@ -30,11 +30,12 @@ $(VENV)/.test: $(VENV)/.core
 demo: $(VENV)/.core
 	$(BIN)/jdetune demo --out=demo-out --overwrite
 
+# Two processes, a file's tests in one of them: they share compiled programs.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
