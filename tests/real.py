@@ -30,19 +30,32 @@ def minilm() -> dict[str, np.ndarray]:
 
 
 @cache
+def factors(name: str, index: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Tensor name to (scaled B, A) of one adapter, float32."""
+    folder = ADAPTERS / name / f"{index:02d}"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    scale = np.float32(config["lora_alpha"] / config["r"])
+    stored = load_file(folder / "adapter_model.safetensors")
+    found = {}
+    for key in sorted(stored):
+        if key.endswith("lora_A.weight"):
+            tensor = key.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
+            left = stored[key.replace("lora_A", "lora_B")].astype(np.float32)
+            found[tensor] = (scale * left, stored[key].astype(np.float32))
+    return found
+
+
+@cache
 def merged(name: str, n_models: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Tensor name to (true base, merged models), merged by PEFT's rule in float32."""
     base = minilm()
-    stacks: dict[str, list[np.ndarray]] = {}
-    for index in range(n_models):
-        folder = ADAPTERS / name / f"{index:02d}"
-        config = json.loads((folder / "adapter_config.json").read_text())
-        scale = np.float32(config["lora_alpha"] / config["r"])
-        factors = load_file(folder / "adapter_model.safetensors")
-        for key in sorted(factors):
-            if key.endswith("lora_A.weight"):
-                tensor = key.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
-                right = factors[key].astype(np.float32)
-                left = factors[key.replace("lora_A", "lora_B")].astype(np.float32)
-                stacks.setdefault(tensor, []).append(base[tensor] + scale * (left @ right))
-    return {tensor: (base[tensor], np.stack(stack)) for tensor, stack in stacks.items()}
+    adapters = [factors(name, index) for index in range(n_models)]
+    return {
+        tensor: (
+            base[tensor],
+            np.stack(
+                [base[tensor] + left @ right for left, right in (a[tensor] for a in adapters)]
+            ),
+        )
+        for tensor in adapters[0]
+    }

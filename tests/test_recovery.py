@@ -183,6 +183,13 @@ def test_malformed_arguments_raise(stack, message):
         jdetune.recover(stack)
 
 
+def test_one_large_rank_among_small_ones():
+    """The rank axis must hold it, even where the sketch is as wide as the matrix."""
+    found = jdetune.recover(synth.family(3, 40, 30, [20, 2, 2]).merged)
+    assert found.ranks.tolist() == [20, 2, 2]
+    assert found.ok
+
+
 def test_progress_counts_layers():
     seen = []
     families = stack_of([(48, 40), (40, 30), (48, 40)])

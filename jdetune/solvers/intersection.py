@@ -33,6 +33,8 @@ class SubspaceIntersection:
     """The default solver: closed form, three models or more, ranks from the data.
 
     Attributes:
+      polish: refine the closed form to the most likely base and updates, weighing every element
+        by its own rounding error (``jdetune.solvers.likelihood``).
       precision: dtype of the dense algebra. ``auto`` is float64 where the hardware has it, and
         float32 on TPU.
 
@@ -41,6 +43,7 @@ class SubspaceIntersection:
       'auto'
     """
 
+    polish: bool = True
     precision: linalg.Precision = "auto"
 
 
