@@ -62,6 +62,7 @@ def solvers(rank: int, steps: int) -> dict[str, Callable[[np.ndarray], np.ndarra
     paper = jdetune.SpectralDeTuning
     return {
         "intersection": ours(jdetune.SubspaceIntersection()),
+        "intersection, not refined": ours(jdetune.SubspaceIntersection(polish=False)),
         "intersection, float32 only": ours(jdetune.SubspaceIntersection(precision="float32")),
         "paper in JAX, full space": ours(paper(rank, steps)),
         "paper in JAX, core space": ours(paper(rank, steps, space="core")),
