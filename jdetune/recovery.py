@@ -13,7 +13,7 @@ from jdetune.groups import LayerResult, failed, intersect_group, iterate_group
 from jdetune.result import Adapters, Recoveries, Recovery
 from jdetune.solvers.intersection import SubspaceIntersection
 from jdetune.solvers.spectral import SpectralDeTuning
-from jdetune.stack import as_mapping, distinct_models, group_layers
+from jdetune.stack import as_mapping, distinct_models, group_layers, narrowest
 from jdetune.status import Status
 from jdetune.types import Array
 
@@ -132,11 +132,15 @@ def _solve_all(
     progress: Progress | None,
 ) -> dict[str, LayerResult]:
     results: dict[str, LayerResult] = {}
-    for group in group_layers(layers):
-        stacks = [layers[name] for name in group.names]
+    narrow = {name: narrowest(stack) for name, stack in layers.items()}
+    for group in group_layers(narrow):
+        stacks = [narrow[name] for name in group.names]
         for name, result in zip(group.names, _solve_group(stacks, kept, solver), strict=True):
             results[name] = result._replace(
-                left=result.left[source], right=result.right[source], ranks=result.ranks[source]
+                base=result.base.astype(layers[name].dtype),
+                left=result.left[source],
+                right=result.right[source],
+                ranks=result.ranks[source],
             )
             if progress is not None:
                 progress(len(results), len(layers))

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax
+import ml_dtypes  # noqa: F401 - lets NumPy know bfloat16 by name
 import numpy as np
 
 from jdetune.types import STORAGE_DTYPES, Array
@@ -97,6 +98,28 @@ def group_layers(layers: Mapping[str, Array]) -> list[Group]:
         Group(tuple(names), (shape[0], shape[1], shape[2]), dtype)
         for (shape, dtype), names in members.items()
     ]
+
+
+def narrowest(stack: Array) -> Array:
+    """The stack in the narrowest dtype that holds it exactly: what it was rounded to.
+
+    Models that were merged in 16 bits and saved in 32 carry the rounding error of 16 bits.
+
+    Example:
+      >>> import numpy as np
+      >>> str(narrowest(np.ones((3, 2, 2), np.float32)).dtype)
+      'bfloat16'
+    """
+    if stack.dtype != np.float32:
+        return stack
+    for name in ("bfloat16", "float16"):
+        with np.errstate(over="ignore"):
+            sample = stack[0, :1]
+            if bool((sample.astype(name).astype(np.float32) == sample).all()):
+                narrow = stack.astype(name)
+                if bool((narrow.astype(np.float32) == stack).all()):
+                    return narrow
+    return stack
 
 
 def distinct_models(layers: Mapping[str, Array]) -> tuple[int, ...]:

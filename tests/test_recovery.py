@@ -67,6 +67,15 @@ def test_base_has_the_dtype_and_array_type_of_the_input(dtype, kind):
     assert reference.log_mse(np.asarray(found.base), family.base) < floor + 0.1
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits_saved_in_thirty_two_are_seen_as_what_they_are(dtype):
+    family = synth.family(5, 96, 80, 3, dtype=dtype, update_rms=5e-3)
+    wide = jdetune.recover(family.merged.astype(np.float32))
+    assert wide.ok
+    assert wide.base.dtype == np.float32
+    np.testing.assert_array_equal(wide.base, jdetune.recover(family.merged).base.astype(np.float32))
+
+
 def test_adapters_rebuild_every_merged_model_to_rounding():
     family = synth.family(4, 96, 80, [2, 5, 0, 7], seed=2)
     found = jdetune.recover(family.merged)
@@ -126,11 +135,16 @@ def status_cases():
         [synth.merge(family.base, b, a) for b, a in zip(shared, family.right, strict=True)]
     )
     full = family.base + (1e-3 * rng.standard_normal((3, 48, 40))).astype(np.float32)
+    rows = (1 + 1e-3 * rng.standard_normal((3, 48, 1))).astype(np.float32)
+    step4, step8 = np.float32(0.12 / 15), np.float32(0.12 / 255)
     small = synth.family(4, 128, 128, 4, dtype="bfloat16", update_rms=1e-6)
     return {
         "two": (family.merged[:2], Status.TOO_FEW_MODELS),
         "other base": (np.concatenate([family.merged, other.merged[:1]]), Status.NOT_LOW_RANK),
         "full fine-tuning": (full, Status.NOT_LOW_RANK),
+        "dora": (family.merged * rows, Status.NOT_LOW_RANK),
+        "4-bit": (np.round(family.merged / step4) * step4, Status.NOT_LOW_RANK),
+        "8-bit": (np.round(family.merged / step8) * step8, Status.NOT_LOW_RANK),
         "rank": (synth.family(3, 48, 40, 15).merged, Status.RANK_TOO_LARGE),
         "shared": (shared_merged, Status.SHARED_DIRECTIONS),
         "nan": (nan, Status.NON_FINITE),
