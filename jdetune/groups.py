@@ -26,6 +26,10 @@ HEADROOM = 8
 ACCELERATOR_LAYERS = 8
 #: What low rank leaves over is not rounding if it is above this many times the rounding error.
 TAIL_LIMIT = {"float64": 2.0, "float32": 10.0}
+#: Updates that do not explain the models within this many times the rounding error are not the
+#: updates: the closed form fails so where directions are nearly shared, and refinement with it.
+RESIDUAL_LIMIT = {"float64": 2.0, "float32": 10.0}
+UNREFINED_RESIDUAL_LIMIT = 30.0
 #: An iteration has converged if its residual is below this many times the rounding error.
 CONVERGED_RATIO = {"float64": 2.0, "float32": 4.0}
 #: Merged weights that the iterative solver works on at a time, in bytes of float32.
@@ -149,7 +153,7 @@ def intersect_group(
                 yield failed(layers[index], verdicts[position])
             else:
                 one = {name: value[position] for name, value in solved.items()}
-                yield _finish(layers[index], one, dtype)
+                yield _finish(layers[index], one, dtype, solver.polish)
 
 
 def _rank_axis(triples: np.ndarray, width: int) -> int:
@@ -166,6 +170,14 @@ def _feasible(triples: np.ndarray, smaller: int) -> Status:
     if triples.sum(axis=-1).max() > 2 * smaller:
         return Status.RANK_TOO_LARGE
     return Status.OK
+
+
+def _identifiable(rank: int, shape: tuple[int, ...]) -> bool:
+    """Whether one rank leaves the base determined, by counting; three models need three ranks."""
+    n_models, row, col = shape
+    smaller = min(row, col)
+    fits = 3 * rank <= smaller if n_models == 3 else 2 * rank <= smaller
+    return fits and n_models * (row - rank) * (col - rank) >= row * col
 
 
 @functools.partial(jax.jit, static_argnames=("solver",))
@@ -197,7 +209,7 @@ def iterate_group(
     Yields:
       One result a layer; NOT_CONVERGED where the residual stayed above the rounding error.
     """
-    if solver.rank > min(layers[0].shape[1:]):
+    if not _identifiable(solver.rank, layers[0].shape):
         yield from (failed(layer, Status.RANK_TOO_LARGE) for layer in layers)
         return
     size = max(1, min(len(layers), ITERATED_BYTES // (4 * math.prod(layers[0].shape))))
@@ -224,12 +236,16 @@ def iterate_group(
             )
 
 
-def _finish(stack: np.ndarray | Array, found: Mapping[str, Any], dtype: jnp.dtype) -> LayerResult:
+def _finish(
+    stack: np.ndarray | Array, found: Mapping[str, Any], dtype: jnp.dtype, polish: bool
+) -> LayerResult:
     figures = ("residual_ratio", "tail_ratio", "rank_gap", "shared_margin", "iterations")
     stats: dict[str, float | np.ndarray] = {name: float(found[name]) for name in figures}
     if not float(found["tail_ratio"]) < TAIL_LIMIT[str(dtype)]:
         return failed(stack, Status.NOT_LOW_RANK)._replace(stats=stats)
-    if not found["agree"] or found["shared"]:
+    limit = RESIDUAL_LIMIT[str(dtype)] if polish else UNREFINED_RESIDUAL_LIMIT
+    explained = float(found["residual_ratio"]) < limit
+    if not found["agree"] or found["shared"] or not explained:
         return failed(stack, Status.SHARED_DIRECTIONS)._replace(stats=stats)
     status = Status.OK
     if not found["ranks"].any() and bool((stack != stack[:1]).any()):

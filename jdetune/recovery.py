@@ -13,7 +13,7 @@ from jdetune.groups import LayerResult, failed, intersect_group, iterate_group
 from jdetune.result import Adapters, Recoveries, Recovery
 from jdetune.solvers.intersection import SubspaceIntersection
 from jdetune.solvers.spectral import SpectralDeTuning
-from jdetune.stack import as_mapping, distinct_models, group_layers, narrowest
+from jdetune.stack import as_mapping, distinct_models, group_layers, narrowest, same_model
 from jdetune.status import Status
 from jdetune.types import Array
 
@@ -116,12 +116,7 @@ def _first_equal(layers: Mapping[str, Array], model: int, kept: Sequence[int]) -
     """Position in ``kept`` of the model that equals ``model``."""
     if model in kept:
         return kept.index(model)
-    pair = [position for position, other in enumerate(kept) if other < model]
-    return next(
-        position
-        for position in pair
-        if all(bool((x[model] == x[kept[position]]).all()) for x in layers.values())
-    )
+    return next(i for i, other in enumerate(kept) if same_model(layers, model, other))
 
 
 def _solve_all(

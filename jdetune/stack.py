@@ -134,10 +134,15 @@ def distinct_models(layers: Mapping[str, Array]) -> tuple[int, ...]:
     n_models = next(iter(layers.values())).shape[0]
     kept: list[int] = []
     for model in range(n_models):
-        if not any(_same(layers, model, other) for other in kept):
+        if not any(same_model(layers, model, other) for other in kept):
             kept.append(model)
     return tuple(kept)
 
 
-def _same(layers: Mapping[str, Array], a: int, b: int) -> bool:
-    return all(bool((layer[a] == layer[b]).all()) for layer in layers.values())
+def same_model(layers: Mapping[str, Array], a: int, b: int) -> bool:
+    """Whether two models are equal in every layer; a NaN equals a NaN."""
+
+    def equal(x: Array, y: Array) -> bool:
+        return bool(((x == y) | ((x != x) & (y != y))).all())
+
+    return all(equal(layer[a], layer[b]) for layer in layers.values())

@@ -49,12 +49,12 @@ _MESSAGES = {
         "fine-tuning, quantised or DoRA merges. Leave out the models that do not belong."
     ),
     Status.RANK_TOO_LARGE: (
-        "the ranks of three models together exceed the smaller side of the matrix. "
+        "the ranks are too large for the shape: those of three models exceed its smaller side. "
         "Add models with smaller ranks."
     ),
     Status.SHARED_DIRECTIONS: (
-        "the updates of several models share directions, so the base is not identifiable from "
-        "them. Add models that were trained from other seeds or on other data."
+        "the updates of several models share directions, exactly or very nearly, so the base is "
+        "not identifiable from them. Add models that were trained from other seeds or on other data."
     ),
     Status.NON_FINITE: (
         "NaN or infinity in the merged weights. Remove or repair the model that holds them."

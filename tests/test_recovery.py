@@ -162,6 +162,74 @@ def test_status_says_why_and_no_failed_layer_has_a_base(case):
     assert not found.ok
 
 
+def nearly_shared(angle):
+    """One rank-one part of model 1 is that of model 0 but for ``angle``."""
+    family = synth.family(3, 128, 96, 8, seed=3, decay=0.0, update_rms=5e-3)
+    left, right = [b.copy() for b in family.left], [a.copy() for a in family.right]
+    left[1][:, :1] = left[0][:, :1] + np.float32(angle) * left[1][:, :1]
+    right[1][:1] = right[0][:1] + np.float32(angle) * right[1][:1]
+    merged = [synth.merge(family.base, b, a) for b, a in zip(left, right, strict=True)]
+    return family.base, np.stack(merged)
+
+
+@pytest.mark.parametrize("angle", [3e-6, 1e-5, 3e-5])
+def test_directions_too_near_to_part_are_refused(angle):
+    """The ranks can be told, the base cannot: its error would exceed that of the mean."""
+    _, merged = nearly_shared(angle)
+    found = jdetune.recover(merged)
+    assert Status(int(found.status)) is Status.SHARED_DIRECTIONS
+    assert np.isnan(found.base).all()
+
+
+def test_nearly_shared_directions_are_solved_by_the_refinement():
+    base, merged = nearly_shared(1e-3)
+    found = jdetune.recover(merged)
+    assert found.ok
+    assert float(found.stats["residual_ratio"]) < 1.1
+    assert reference.log_mse(found.base, base) < -12
+    closed = jdetune.recover(merged, jdetune.SubspaceIntersection(polish=False))
+    assert float(closed.stats["residual_ratio"]) > 2
+
+
+@pytest.mark.parametrize("case", ["zero rows", "row scales", "large updates", "no base"])
+def test_arithmetic_of_the_merge_is_not_taken_for_rank(case):
+    """Where weights are small against the update, float32 sums round by more than the storage."""
+    rng = np.random.default_rng(5)
+    base = (0.05 * rng.standard_normal((128, 96))).astype(np.float32)
+    size = np.float32(0.01)
+    if case == "zero rows":
+        base[:20] = 0
+    elif case == "row scales":
+        base *= np.logspace(-6, 0, 128, dtype=np.float32)[:, None]
+    elif case == "large updates":
+        size = np.float32(0.1)
+    else:
+        base[:] = 0
+    left = size * rng.standard_normal((3, 128, 8)).astype(np.float32)
+    right = rng.standard_normal((3, 8, 96)).astype(np.float32) / np.float32(8**0.5)
+    merged = np.stack([synth.merge(base, b, a) for b, a in zip(left, right, strict=True)])
+    found = jdetune.recover(merged)
+    assert found.ranks.tolist() == [8, 8, 8]
+    assert found.ok
+    assert reference.log_mse(found.base, base) < -16.5
+
+
+def test_a_nan_does_not_hide_duplicates():
+    family, other = synth.family(3, 48, 40, 4, seed=1), synth.family(3, 48, 40, 4, seed=2)
+    nan = other.merged[[0, 0, 1]]
+    nan[:, 0, 0] = np.nan
+    with pytest.warns(UserWarning, match=r"models \[1\] equal"):
+        found = jdetune.recover({"good": family.merged[[0, 0, 1]], "nan": nan})
+    assert set(found.status.values()) == {Status.TOO_FEW_MODELS}
+
+
+@pytest.mark.parametrize(("n", "rank"), [(3, 40), (3, 96), (5, 60)])
+def test_an_iteration_with_a_rank_that_determines_nothing_is_refused(n, rank):
+    family = synth.family(n, 128, 96, 8)
+    found = jdetune.recover(family.merged, jdetune.SpectralDeTuning(rank, steps=5))
+    assert Status(int(found.status)) is Status.RANK_TOO_LARGE
+
+
 def test_one_bad_layer_leaves_the_others_alone():
     good = synth.family(3, 48, 40, 4)
     bad, status = status_cases()["nan"]

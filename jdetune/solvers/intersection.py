@@ -26,6 +26,9 @@ from jdetune.ranks import PairPlan, model_ranks, plan_pairs
 
 #: A further common direction is called shared if its misfit is within this many times the rounding.
 SHARED_TOLERANCE = 4.0
+#: Variance of a merge's float32 arithmetic, in squares of the update: a sum of r products makes
+#: about r/12 * 2^-48 a model. It exceeds the storage's rounding where the weights are small.
+MERGE_ARITHMETIC = 4 * 2.0**-48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +131,7 @@ def factor_pairs(
         left, values, turn = linalg.svd_square(linalg.matmul(basis.T, image))
         variance = jnp.square(ulp(first).astype(dtype)) + jnp.square(ulp(second).astype(dtype))
         variance = variance / 12 / jnp.square(scales.row)[:, None] / jnp.square(scales.col)
+        variance = variance + MERGE_ARITHMETIC * jnp.square(difference)
         edge = pair_edge(variance)
         left, right = linalg.matmul(basis, left), linalg.matmul(right, turn)
         if dtype == jnp.float32:

@@ -31,15 +31,16 @@ class Refinement:
     """When the refinement stops.
 
     Attributes:
-      tolerance: conjugate gradients stop when the preconditioned residual is this share of what
-        the closed form left.
-      max_steps: and after this many steps a round at the latest.
-      rounds: Gauss-Newton steps; the second matters where directions are nearly shared.
+      tolerance: stop when the preconditioned gradient is this share of what the rounding error
+        alone would make of it.
+      max_steps: conjugate gradient steps a round, at the latest.
+      rounds: Gauss-Newton steps at the latest; one or two are enough unless directions are nearly
+        shared.
     """
 
     tolerance: float = 1e-2
-    max_steps: int = 40
-    rounds: int = 2
+    max_steps: int = 60
+    rounds: int = 6
 
 
 class Tangent(NamedTuple):
@@ -71,14 +72,14 @@ class Refined(NamedTuple):
     """Updates after refinement, as factors, with what the solver has to say.
 
     ``steps`` counts conjugate gradient steps over all rounds; ``reached`` is the preconditioned
-    residual at the end, as a share of ``start``, its square at the closed form.
+    gradient that the last round started from, as a share of what rounding alone makes of it.
     """
 
     left: Float[Array, "model row rank"]
     right: Float[Array, "model rank col"]
     steps: Int[Array, ""]
     reached: Float[Array, ""]
-    start: Float[Array, ""]
+    rounds: Int[Array, ""]
 
 
 def to_matrices(tangent: Tangent, step: Step) -> Float[Array, "model row col"]:
@@ -179,8 +180,8 @@ def conjugate_gradients(
     return z, count, size
 
 
-def squared_gradient(tangent: Tangent, gradient: Step) -> Float[Array, ""]:
-    """The square of the preconditioned gradient: what ``goal`` is measured against."""
+def preconditioned_square(tangent: Tangent, gradient: Step) -> Float[Array, ""]:
+    """Squared norm of a gradient in the metric of the preconditioner."""
     scale = _preconditioner(tangent)
     return _dot(gradient, _project(tangent, Step(gradient.p * scale.p, gradient.q * scale.q)))
 
@@ -274,32 +275,39 @@ def refine(
     active = jnp.arange(left.shape[2], dtype=jnp.int32) < ranks[:, None]
     rows, cols = scales.row[:, None], scales.col
 
-    def one_round(carry: Refined, _: None) -> tuple[Refined, None]:
+    freedom = jnp.sum(ranks).astype(dtype) * (weights.shape[1] + weights.shape[2])
+
+    def going(carry: Refined) -> Array:
+        return (carry.rounds < options.rounds) & (carry.reached > options.tolerance)
+
+    def one_round(carry: Refined) -> Refined:
         variance = merge_variance(weights, carry.left, carry.right)
         base = weighted_base(weights, carry.left, carry.right, variance)
         error = residuals(weights, base, carry.left, carry.right) / rows / cols
-        size = jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(error))), float(jnp.finfo(work).tiny))
+        size = jnp.sqrt(jnp.mean(jnp.square(error))) + float(jnp.finfo(work).tiny)
         u, v, core = tangent_spaces(carry.left / rows, carry.right / cols, active)
         whitened = variance / jnp.square(rows) / jnp.square(cols)
-        weight = (jnp.mean(whitened) / whitened).astype(work)
+        mean = jnp.mean(whitened)
+        weight = (mean / whitened).astype(work)
         tangent = Tangent(u.astype(work), v.astype(work), active, weight, sum_models(weight))
         gradient = to_tangent(tangent, weight * (error / size).astype(work))
-        square = jnp.square(size)
-        here = squared_gradient(tangent, gradient).astype(dtype) * square
-        first = jnp.where(carry.start < 0, here, carry.start)
-        goal = (options.tolerance**2 * first / square).astype(work)
-        z, count, left_over = conjugate_gradients(tangent, gradient, goal, options.max_steps)
-        share = jnp.sqrt(
-            left_over.astype(dtype) * square / jnp.maximum(first, float(jnp.finfo(dtype).tiny))
-        )
+        unit = jnp.maximum(freedom, 1) * mean / jnp.square(size)
+        goal = (options.tolerance**2 * unit).astype(work)
+        z, count, _ = conjugate_gradients(tangent, gradient, goal, options.max_steps)
+        first = preconditioned_square(tangent, gradient).astype(dtype)
         b, a = jax.vmap(retract)(u, core, v, z.p.astype(dtype) * size, z.q.astype(dtype) * size)
-        moved_left = jnp.where(active[:, None, :], b * rows, 0)
-        moved_right = jnp.where(active[:, :, None], a * cols, 0)
-        return Refined(moved_left, moved_right, carry.steps + count, share, first), None
+        return Refined(
+            left=jnp.where(active[:, None, :], b * rows, 0),
+            right=jnp.where(active[:, :, None], a * cols, 0),
+            steps=carry.steps + count,
+            reached=jnp.sqrt(first / unit),
+            rounds=carry.rounds + 1,
+        )
 
-    none = -jnp.ones_like(left[0, 0, 0])
-    start = Refined(left, right, jnp.zeros_like(ranks[0]), none, none)
-    return jax.lax.scan(one_round, start, None, length=options.rounds)[0]
+    none = jnp.zeros_like(ranks[0])
+    return jax.lax.while_loop(
+        going, one_round, Refined(left, right, none, jnp.inf + 0 * left[0, 0, 0], none)
+    )
 
 
 def most_likely(

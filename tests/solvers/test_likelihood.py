@@ -109,25 +109,26 @@ def test_normal_operator_is_symmetric_and_positive():
         assert float(likelihood._dot(steps[0], images[0])) > 0
 
 
-def test_stops_at_the_stated_residual():
+def test_stops_at_the_stated_gradient():
     family = synth.family(3, 96, 80, 6)
     with linalg.scope(FLOAT64):
         scales = noise_scales(jnp.asarray(family.merged), FLOAT64)
         start = jnp.asarray(np.stack(family.left), FLOAT64)
-        start = start * (1 + 1e-6)  # an error well above the rounding
+        start = start * (1 + 1e-4)  # an error well above the rounding
         found = [
-            jax.jit(functools.partial(likelihood.refine, options=Refinement(goal, 200, 1)))(
+            jax.jit(functools.partial(likelihood.refine, options=Refinement(goal, 200, 6)))(
                 family.merged,
                 start,
                 jnp.asarray(np.stack(family.right), FLOAT64),
                 jnp.full(3, 6, jnp.int32),
                 scales,
             )
-            for goal in (1e-1, 1e-3)
+            for goal in (1e-1, 1e-4)
         ]
     assert float(found[0].reached) <= 1e-1
-    assert float(found[1].reached) <= 1e-3
-    assert 0 < int(found[0].steps) < int(found[1].steps) < 200
+    assert float(found[1].reached) <= 1e-4
+    assert 0 < int(found[0].steps) < int(found[1].steps)
+    assert int(found[1].rounds) < 6
 
 
 def test_variance_of_a_real_merge_holds_for_elements_near_zero():
@@ -182,6 +183,7 @@ def test_real_adapters_gain_almost_a_decade(name, n, error, exact):
     }
     fractions = [reference.bits_equal(polished[t].base, layers[t][0]) for t in layers]
     assert polished.ok
+    assert all(ranks.tolist() == [16] * n for ranks in polished.ranks.values())
     assert errors["polished"] <= error
     assert errors["polished"] < errors["plain"] - 0.8
     assert np.mean(fractions) >= exact
