@@ -53,8 +53,8 @@ _MESSAGES = {
         "Add models with smaller ranks."
     ),
     Status.SHARED_DIRECTIONS: (
-        "the updates of several models share directions, exactly or very nearly, so the base is "
-        "not identifiable from them. Add models that were trained from other seeds or on other data."
+        "the updates of several models share directions, exactly or very nearly, so the base "
+        "cannot be told from them. Add models trained from other seeds or on other data."
     ),
     Status.NON_FINITE: (
         "NaN or infinity in the merged weights. Remove or repair the model that holds them."

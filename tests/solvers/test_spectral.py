@@ -232,13 +232,12 @@ def test_impossible_runs_are_refused():
         spectral.solve(stacked(1), SpectralDeTuning(33))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("space", "precision", "low", "high"),
     [
         ("full", "auto", -17.9, -16.4),  # where the paper's own code lands
-        ("core", "float32", -18.2, -17.3),
-        ("core", "float64", -19.6, -19.0),
+        pytest.param("core", "float32", -18.2, -17.3, marks=pytest.mark.slow),
+        pytest.param("core", "float64", -19.6, -19.0, marks=pytest.mark.slow),
     ],
 )
 def test_real_adapters(space, precision, low, high):
