@@ -80,11 +80,14 @@ def _intersect(
 ) -> dict[str, Array]:
     def one(weights: Array, factors: PairFactors, scales: Scales) -> dict[str, Array]:
         found = intersection.intersect(weights, factors, scales, max_rank)
-        left, right = balanced_factors(found.left, found.core, found.right, found.ranks)
-        base, ratio, steps = found.base, found.residual_ratio, jnp.zeros_like(found.ranks[0])
         if polish:
+            left = linalg.matmul(found.left, found.core)
+            right = jnp.swapaxes(found.right, 1, 2)
             likely = likelihood.most_likely(weights, left, right, found.ranks, scales)
             base, left, right, ratio, steps = likely
+        else:
+            left, right = balanced_factors(found.left, found.core, found.right, found.ranks)
+            base, ratio, steps = found.base, found.residual_ratio, jnp.zeros_like(found.ranks[0])
         return {
             "base": base.astype(weights.dtype),
             "left": left.astype(jnp.float32),

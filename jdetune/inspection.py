@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jdetune.checkpoint.index import Checkpoint
-from jdetune.checkpoint.manifest import GROUP_BYTES, read_stack
+from jdetune.checkpoint.manifest import GROUP_BYTES, mixed_dtypes, read_stack
 from jdetune.checkpoint.reader import digest, numpy_dtype
 from jdetune.report import main_dtype, number
 from jdetune.result import Recovery
@@ -55,10 +55,13 @@ def sample_differing(
 ) -> dict[str, np.ndarray]:
     """The first differing matrices, shape after shape, so that every shape gets its turn.
 
+    Reading goes on past ``count`` until three models are distinct in what was found, or nothing is
+    left; of those further matrices only the ones that tell more models apart are kept.
+
     Args:
       checkpoints: opened models.
       names: tensors that all of them have alike.
-      count: how many to find; reading stops there.
+      count: how many to find.
 
     Returns:
       Name to [model, row, col].
@@ -70,23 +73,27 @@ def sample_differing(
             by_shape.setdefault((info.shape, info.dtype), []).append(name)
     queues = [iter(queue) for queue in by_shape.values()]
     found: dict[str, np.ndarray] = {}
-    while queues and len(found) < count:
+    seen: list[tuple[bytes, ...]] = [() for _ in checkpoints]
+    while queues and (len(found) < count or len(set(seen)) < 3):
         alive = []
         for queue in queues:
             for name in queue:
                 stack = read_stack(checkpoints, name)
-                if len({digest(matrix) for matrix in stack}) > 1:
-                    found[name] = stack
+                marks = [digest(matrix) for matrix in stack]
+                refined = [(*old, mark) for old, mark in zip(seen, marks, strict=True)]
+                more = len(set(refined)) > len(set(seen))
+                if len(set(marks)) > 1 and (more or len(found) < count):
+                    found[name], seen = stack, refined
                     alive.append(queue)
                     break
-            if len(found) == count:
+            if len(found) >= count and len(set(seen)) >= 3:
                 break
         queues = alive
     return found
 
 
 def distinct_models(sample: Mapping[str, np.ndarray], n_models: int) -> int:
-    """How many models differ in the sample; a lower bound for the whole."""
+    """How many models differ in the sample; below three, that is all there are."""
     marks = {tuple(digest(stack[i]) for stack in sample.values()) for i in range(n_models)}
     return len(marks)
 
@@ -131,10 +138,13 @@ def inspect(
     sample = sample_differing(checkpoints, alike, count)
     n_distinct = distinct_models(sample, len(checkpoints)) if sample else 1
     entries = []
-    if sample and n_distinct >= 3:
+    if sample:
         solved = recover(sample)
         entries = [_sample_entry(name, solved[name], sample[name]) for name in sample]
-    code, verdict = _judge(entries, n_distinct, bool(alike))
+    mixed = None if sample else mixed_dtypes(checkpoints)
+    code, verdict = _judge(entries, n_distinct, bool(alike)) if mixed is None else (3, mixed)
+    if code == Status.TOO_FEW_MODELS.exit_code and n_distinct < 3:
+        entries = []  # what a solver says of two models means nothing
     matrices = [name for name in alike if checkpoints[0].tensors[name].is_matrix]
     return {
         "models": [describe(checkpoint) for checkpoint in checkpoints],
@@ -171,7 +181,9 @@ def _judge(
     if not any_alike:
         return 4, "the models have no tensor in common: they are not fine-tunes of one base"
     if n_distinct < 3:
-        return 3, Status.TOO_FEW_MODELS.message
+        alien = entries and all(e["code"] == Status.NOT_LOW_RANK.name for e in entries)
+        code = Status.NOT_LOW_RANK if alien else Status.TOO_FEW_MODELS
+        return code.exit_code, f"not recoverable: {code.message}"
     bad = [Status[e["code"]] for e in entries if e["code"] != "OK"]
     if not bad:
         return 0, "recoverable: run `jdetune recover` with these models and --out=DIR"

@@ -37,7 +37,7 @@ def check_out(out: Path, models: Sequence[Path], overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise OutputError(f"--out={out}: is a file. Choose a folder.")
-    if not any(out.iterdir()):
+    if _is_empty(out):
         return
     if not overwrite:
         raise OutputError(f"--out={out}: is not empty. Choose another folder, or add --overwrite.")
@@ -60,6 +60,9 @@ def check_demo(out: Path, base: Path, overwrite: bool) -> None:
         raise OutputError(
             f"--out={out}: holds files that the demo did not write. Choose another folder."
         )
+    former = out / "recovered"
+    if found and not (_is_ours(former) or (former / STAGE).is_dir()):
+        raise OutputError(f"--out={out}: is no former demo. Choose another folder.")
 
 
 def start_stage(out: Path) -> Path:
@@ -75,16 +78,35 @@ def start_stage(out: Path) -> Path:
 
 
 def place(out: Path, stage: Path) -> None:
-    """Puts what was built in place of a former output; the report comes last."""
+    """Puts what was built in place of a former output; the report comes last.
+
+    The former output is moved aside first and removed at the very end; if a step between fails, it
+    is moved back.
+    """
+    aside = stage / "former"
+    moved: list[tuple[Path, Path]] = []
+
+    def move(source: Path, target: Path) -> None:
+        if os.path.lexists(source):
+            source.rename(target)
+            moved.append((source, target))
+
     try:
+        aside.mkdir()
         for name in reversed(PRODUCTS):
-            _remove(out / name)
+            move(out / name, aside / name)
         for name in PRODUCTS:
-            if (stage / name).exists():
-                (stage / name).rename(out / name)
+            move(stage / name, out / name)
+    except BaseException as error:
+        for source, target in reversed(moved):
+            target.rename(source)
+        if not isinstance(error, OSError):
+            raise
+        raise OutputError(f"--out={out}: cannot be finished ({error}); see {stage}.") from error
+    try:
         _remove(stage)
     except OSError as error:
-        raise OutputError(f"--out={out}: cannot be finished ({error}); see {stage}.") from error
+        raise OutputError(f"--out={out}: {stage} cannot be removed ({error}).") from error
 
 
 def model_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -116,9 +138,13 @@ def safe_name(name: str) -> str:
     return kept.lstrip(".-")[:_MAX_NAME] or "model"
 
 
+def _is_empty(out: Path) -> bool:
+    """Whether nothing is in it, or only what an interrupted run left."""
+    return all(path.name == STAGE and path.is_dir() for path in out.iterdir())
+
+
 def _is_ours(out: Path) -> bool:
-    if (out / STAGE).is_dir():
-        return True
+    """Whether a former report says that jdetune wrote it."""
     try:
         return str(read_json(out / "report.json").get("schema", "")).startswith("jdetune.report/")
     except InputError:

@@ -75,10 +75,11 @@ def plan_models(
     wanted = select(options.include, options.exclude)
     step = None if progress is None else lambda done, total: progress("compare", done, total)
     plan = make_plan(checkpoints, wanted, step)
-    if len(plan.checkpoints) < 3:
-        twins = ", ".join(f"{name} equals {twin}" for name, twin in plan.duplicates)
+    if len(plan.solved) < 3:
+        same = [f"{name} equals {twin}" for name, twin in plan.duplicates]
+        same += [f"{name} equals {twin} in every matrix" for name, twin in _near_twins(plan)]
         raise InputError(
-            f"only {len(plan.checkpoints)} distinct model(s): {twins}. "
+            f"only {len(plan.solved)} distinct model(s): {', '.join(same)}. "
             f"{_capital(Status.TOO_FEW_MODELS.message)}"
         )
     return plan
@@ -112,8 +113,8 @@ def run(
     checkpoints = open_models(models)
     check_out(out, checkpoints, options)
     plan = plan_models(checkpoints, options, progress)
+    stage = outfolder.start_stage(out)  # finds out whether OUT can be written before the work
     results = solve(plan, options, progress, recover_fn)
-    stage = outfolder.start_stage(out)
     results, base = _write(plan, results, stage, progress)
     head = report.top_level(
         command=options.command,
@@ -146,10 +147,12 @@ def solve(
     solved: dict[str, TensorResult] = {}
     planned = {tensor.name: tensor for tensor in plan.tensors}
     total = sum(len(group) for group in plan.groups)
+    seen = [plan.checkpoints[i] for i in plan.solved]
+    rows = [plan.solved.index(i) for i in plan.alike]
     for group in plan.groups:
         before = len(solved)
         clock = time.monotonic()
-        stacks = {name: read_stack(plan.checkpoints, name) for name in group}
+        stacks = {name: read_stack(seen, name) for name in group}
 
         def step(done: int, _: int, before: int = before) -> None:
             if progress is not None:
@@ -161,8 +164,8 @@ def solve(
             raise InputError(f"{group[0]} ({len(group)} of its shape): {error}") from error
         seconds = (time.monotonic() - clock) / len(group)
         for name in group:
-            host = _to_host(found[name])
-            solved[name] = _result(planned[name], host, stacks[name], options, seconds)
+            host = _of_all_models(_to_host(found[name]), rows)
+            solved[name] = _result(planned[name], host, stacks[name][rows], options, seconds)
         if progress is not None:
             progress("recover", len(solved), total)
     return [solved.get(t.name) or _copied(t) for t in plan.tensors]
@@ -196,6 +199,19 @@ def _to_host(found: Recovery) -> Recovery:
     import jax
 
     return jax.tree.map(np.asarray, found)
+
+
+def _of_all_models(found: Recovery, rows: Sequence[int]) -> Recovery:
+    """Ranks and factors for every model, from those of the models that the solver saw."""
+    left, right = found.adapters.left[list(rows)], found.adapters.right[list(rows)]
+    factors = dataclasses.replace(found.adapters, left=left, right=right)
+    return dataclasses.replace(found, ranks=found.ranks[list(rows)], adapters=factors)
+
+
+def _near_twins(plan: Plan) -> list[tuple[str, str]]:
+    """Models that equal another in every matrix, but not in every tensor."""
+    names = [c.name for c in plan.checkpoints]
+    return [(names[i], names[twin]) for i, twin in enumerate(plan.alike) if i != twin]
 
 
 def _result(
@@ -258,13 +274,35 @@ def _write(
         if progress is not None:
             progress("write", i + 1, total)
         folder = stage / "adapters" / checkpoint.name
-        written = write_adapter(folder, factors_of(found, i), checkpoint, per_model)
-        left_out.update(written.left_out)
+        own, unfit = _own_copies(plan, checkpoint)
+        written = write_adapter(folder, factors_of(found, i), checkpoint, per_model + own)
+        left_out.update(written.left_out, unfit)
     if progress is not None:
         progress("write", total, total)
     dtypes = sorted({r.base_dtype for r in results if r.recovery and r.base_dtype})
     base = {"dtype": ", ".join(dtypes) or None, "grid": None, "n_parameters": n_parameters}
     return [_note_left_out(r, left_out) for r in results], base
+
+
+def _own_copies(plan: Plan, checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Tensors in which a model differs from the majority: of the base's shape, and of another."""
+    own, unfit = [], []
+    for tensor in plan.tensors:
+        if tensor.action != "consensus" or tensor.source is None:
+            continue
+        source, name = plan.checkpoints[tensor.source], tensor.name
+        if name not in checkpoint.tensors or source is checkpoint:
+            continue
+        if checkpoint.tensors[name].shape != source.tensors[name].shape:
+            unfit.append(name)
+        elif not _equal(read_tensor(checkpoint, name), read_tensor(source, name)):
+            own.append(name)
+    return tuple(own), tuple(unfit)
+
+
+def _equal(first: np.ndarray, second: np.ndarray) -> bool:
+    same = first.dtype == second.dtype
+    return same and np.array_equal(raw_bytes(first), raw_bytes(second))
 
 
 def _full_template(plan: Plan, sources: Mapping[str, int | None]) -> Checkpoint:
@@ -281,13 +319,17 @@ def _full_template(plan: Plan, sources: Mapping[str, int | None]) -> Checkpoint:
 def _note_left_out(result: TensorResult, left_out: set[str]) -> TensorResult:
     if result.plan.name not in left_out:
         return result
-    note = "the adapters leave it out: PEFT holds weights of modules only"
+    note = "an adapter leaves it out: PEFT holds weights of modules only, in the base's shapes"
     return dataclasses.replace(result, reason="; ".join(filter(None, [result.reason, note])))
 
 
 def _warnings(plan: Plan, written: bool) -> list[str]:
     twins = [
         f"{name} equals {twin} in every tensor and was dropped" for name, twin in plan.duplicates
+    ]
+    twins += [
+        f"{name} equals {twin} in every matrix and was solved as one model with it"
+        for name, twin in _near_twins(plan)
     ]
     missing = [t.name for t in plan.tensors if t.action in ("per_model", "failed", "skipped")]
     lines = [*plan.warnings, *twins]

@@ -68,6 +68,9 @@ def tensor_entry(result: TensorResult) -> dict[str, Any]:
     found = result.recovery
     stats = {} if found is None else dict(found.stats)
     code = result.code
+    ranks = None
+    if found is not None and result.status == "recovered":
+        ranks = [int(r) for r in np.ravel(np.asarray(found.ranks))]
     return {
         "name": result.plan.name,
         "shape": list(result.plan.shape),
@@ -76,7 +79,7 @@ def tensor_entry(result: TensorResult) -> dict[str, Any]:
         "status": result.status,
         "code": None if code is None else code.name,
         "method": result.method,
-        "ranks": None if found is None else [int(r) for r in np.ravel(np.asarray(found.ranks))],
+        "ranks": ranks,
         "iterations": _integer(stats.get("iterations")),
         "residual_rms": number(stats.get("residual_rms")),
         "noise_rms_expected": number(stats.get("noise_rms_expected")),

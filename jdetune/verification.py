@@ -1,6 +1,6 @@
 """Checks what a recovery wrote: against a reference base, and by merging the adapters again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,77 +34,117 @@ def verify(
       out: folder that ``jdetune recover`` wrote.
       reference: folder of the true base.
       models: merged models in the report's order; the report's own paths if left out. Models that
-        are gone are passed over if there is a reference.
+        are gone are passed over if there is a reference, else they are an error.
       progress: told of every model.
 
     Returns:
       ``reference``, ``w_error``, ``exact_fraction``, ``ulp``, ``tensors`` (one entry a recovered
-      matrix), ``copied``, ``copied_equal``, ``models`` and ``failures``; ready for JSON.
+      matrix), ``copied``, ``copied_equal``, ``missing``, ``passed_over`` (tensors that the report
+      lists as skipped or failed), ``models`` and ``failures``; ready for JSON.
 
     Raises:
-      InputError: there is nothing to compare with.
+      InputError: there is nothing to compare with, or no reference and a merged model is gone.
     """
     report = read_report(out)
     if not report["summary"]["base_written"]:
         raise InputError(f"{out}: no base was written, so there is nothing to verify.")
     base = open_checkpoint(out / "base")
-    recovered = [t["name"] for t in report["tensors"] if t["status"] == "recovered"]
+    by_status: dict[str, list[str]] = {}
+    for tensor in report["tensors"]:
+        by_status.setdefault(tensor["status"], []).append(tensor["name"])
+    recovered = by_status.get("recovered", [])
+    passed_over = {*by_status.get("skipped", ()), *by_status.get("failed", ())}
     merged = _find_models(report, models, reference is not None)
     result: dict[str, Any] = {"out": str(out), "reference": None, "failures": []}
     result |= {"tensors": [], "w_error": None, "exact_fraction": None, "ulp": None}
     result |= {"copied": 0, "copied_equal": 0, "missing": []}
+    result["passed_over"] = sorted(passed_over)
     if reference is not None:
-        result |= compare_base(base, open_checkpoint(reference), recovered)
+        known = passed_over | set(by_status.get("per_model", ()))
+        compared, differing = compare_base(base, open_checkpoint(reference), recovered, known)
+        result |= compared
         result["reference"] = str(reference)
+        result["failures"] += [
+            *(f"{name}: in the reference, but not in the base" for name in compared["missing"]),
+            *(f"{name}: copied, but not equal to the reference" for name in differing),
+        ]
+        if recovered and not compared["tensors"]:
+            result["failures"].append("no recovered matrix was compared with the reference")
     result["models"] = []
     for done, (name, path) in enumerate(merged.items()):
         adapter = read_adapter(out / "adapters" / name)
-        entry = {"name": name, **remerge(base, adapter, open_checkpoint(path))}
+        entry = {"name": name, **remerge(base, adapter, open_checkpoint(path), passed_over)}
         result["models"].append(entry)
         if progress is not None:
             progress("re-merge", done + 1, len(merged))
         result["failures"] += [
             f"{name}: {tensor} is not given back by the merge" for tensor in entry["off"]
         ]
+    if not (result["tensors"] or result["copied"] or any(m["tensors"] for m in result["models"])):
+        result["failures"].append("nothing was compared")
     return result
 
 
 def compare_base(
-    base: Checkpoint, reference: Checkpoint, recovered: Sequence[str]
-) -> dict[str, Any]:
-    """Figures of every recovered matrix, and how many of the other tensors are equal."""
+    base: Checkpoint, reference: Checkpoint, recovered: Sequence[str], absent: Collection[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Figures of every recovered matrix, and how many of the other tensors are equal.
+
+    Args:
+      base: what was recovered.
+      reference: the truth.
+      recovered: names of the recovered matrices.
+      absent: names that the base may lack.
+
+    Returns:
+      The figures, and the names of copied tensors that are not equal.
+    """
     names = [n for n in recovered if n in base.tensors and n in reference.tensors]
     rows = [_compare(name, base, reference) for name in names]
     others = [n for n in base.tensors if n not in recovered and n in reference.tensors]
-    equal = [n for n in others if _same(read_tensor(base, n), read_tensor(reference, n))]
+    differing = [n for n in others if not _same(read_tensor(base, n), read_tensor(reference, n))]
     sizes = [int(np.prod(base.tensors[name].shape)) for name in names]
     exact = sum(row["exact_fraction"] * size for row, size in zip(rows, sizes, strict=True))
     ulps: dict[str, int] = {}
     for row in rows:
         for key, count in row["ulp"].items():
             ulps[key] = ulps.get(key, 0) + count
-    return {
+    missing = [n for n in reference.tensors if n not in base.tensors and n not in absent]
+    figures = {
         "tensors": rows,
         "w_error": float(np.mean([row["w_error"] for row in rows])) if rows else None,
         "exact_fraction": exact / sum(sizes) if rows else None,
         "ulp": ulps if rows else None,
         "copied": len(others),
-        "copied_equal": len(equal),
-        "missing": [name for name in reference.tensors if name not in base.tensors],
+        "copied_equal": len(others) - len(differing),
+        "missing": missing,
     }
+    return figures, differing
 
 
-def remerge(base: Checkpoint, adapter: Adapter, merged: Checkpoint) -> dict[str, Any]:
+def remerge(
+    base: Checkpoint, adapter: Adapter, merged: Checkpoint, passed_over: Collection[str] = ()
+) -> dict[str, Any]:
     """Merges an adapter into the recovered base and compares with the model it came from.
 
+    Args:
+      base: what was recovered.
+      adapter: one model's.
+      merged: that model.
+      passed_over: names that are not compared.
+
     Returns:
+      ``tensors`` (how many were compared),
       ``equal_fraction`` over the matrices with factors, ``worst`` (greatest miss over the
       tolerance of ``REMERGE_TOLERANCE`` noise units), ``max_ulp`` and the names that are ``off``.
     """
-    equal = total = max_ulp = 0
+    equal = total = max_ulp = n_tensors = 0
     worst = 0.0
     off = []
     for name, info in merged.tensors.items():
+        if name in passed_over:
+            continue
+        n_tensors += 1
         target = read_tensor(merged, name)
         again = _again(name, base, adapter)
         if again is None:
@@ -125,6 +165,7 @@ def remerge(base: Checkpoint, adapter: Adapter, merged: Checkpoint) -> dict[str,
             if not miss <= 1.0:
                 off.append(name)
     return {
+        "tensors": n_tensors,
         "equal_fraction": equal / total if total else 1.0,
         "worst": worst if np.isfinite(worst) else None,
         "max_ulp": max_ulp,
@@ -203,9 +244,11 @@ def _find_models(
             )
         return {entry["name"]: path for entry, path in zip(entries, given, strict=True)}
     present = {e["name"]: e["path"] for e in entries if Path(e["path"]).exists()}
-    if not present and not optional:
+    gone = [entry["path"] for entry in entries if entry["name"] not in present]
+    if gone and not optional:
         raise InputError(
-            "the merged models are no longer where report.json says. Give --models or --reference."
+            f"merged models are no longer where report.json says ({', '.join(gone)}). Give "
+            "--models or --reference."
         )
     return present
 

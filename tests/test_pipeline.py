@@ -7,6 +7,7 @@ from jdetune import outfolder, pipeline
 from jdetune.checkpoint import merge_peft, open_checkpoint, read_adapter, read_tensor
 from jdetune.errors import InputError, OutputError
 from jdetune.status import Status
+from jdetune.verification import verify
 from tests import pico
 
 
@@ -208,3 +209,116 @@ def test_the_real_solver_end_to_end(tmp_path):
     for name in family.factors[0]:
         # rounding errors of three models at weights below 0.25: a few of 1.5e-8
         np.testing.assert_allclose(read_tensor(base, name), family.base[name], atol=2e-7)
+
+
+def with_other_bias(model, value=1.0):
+    return {**model, "encoder.norm.bias": np.full(32, value, np.float32)}
+
+
+def test_a_twin_in_all_matrices_is_no_third_model(tmp_path):
+    family = pico.make(tmp_path)
+    family.models[2] = with_other_bias(family.models[0])
+    rewrite(family)
+    with pytest.raises(InputError, match="only 2 distinct.*tune-2 equals tune-0 in every matrix"):
+        pipeline.run(family.paths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_twin_among_enough_models_is_solved_once_and_gets_its_adapter(tmp_path):
+    family = pico.make(tmp_path, n_models=4)
+    family.models[2] = with_other_bias(family.models[0])
+    rewrite(family)
+    seen = []
+    teller = pico.truth_teller(family.base)
+
+    def recover(stacks, **options):
+        seen.extend(stack.shape[0] for stack in stacks.values())
+        return teller(stacks, **options)
+
+    report = pipeline.run(family.paths, tmp_path / "out", recover_fn=recover)
+    assert seen == [3] * 4
+    assert any("tune-2 equals tune-0 in every matrix" in text for text in report["warnings"])
+    assert len(report["inputs"][2]["ranks"]) == 4
+    assert verify(tmp_path / "out")["failures"] == []
+
+
+def test_matrices_of_several_dtypes_are_refused(tmp_path):
+    family = pico.make(tmp_path)
+    for name in family.factors[0]:
+        family.models[1][name] = family.models[1][name].astype(np.float16)
+    rewrite(family)
+    with pytest.raises(InputError, match="tune-0: float32, tune-1: float16"):
+        pipeline.run(family.paths, tmp_path / "out")
+    family.models[1] = {n: a.astype(np.float16) for n, a in family.models[1].items()}
+    rewrite(family)
+    with pytest.raises(InputError, match="tune-0: float32, tune-1: float16") as caught:
+        pipeline.run(family.paths, tmp_path / "out")
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_run_can_be_run_again(tmp_path):
+    family = pico.make(tmp_path)
+    stage = tmp_path / "out" / ".jdetune" / "base"
+    stage.mkdir(parents=True)
+    run(family, tmp_path / "out")
+    assert not stage.parent.exists()
+
+
+def test_only_a_report_of_ours_marks_a_folder_as_ours(tmp_path):
+    family = pico.make(tmp_path / "zoo")
+    (tmp_path / "home" / ".jdetune").mkdir(parents=True)
+    (tmp_path / "home" / "base").mkdir()
+    with pytest.raises(OutputError, match="did not write"):
+        run(family, tmp_path / "home", overwrite=True)
+
+
+def test_a_failure_while_placing_gives_the_former_output_back(tmp_path, monkeypatch):
+    family = pico.make(tmp_path / "zoo")
+    out = tmp_path / "out"
+    run(family, out)
+    before = (out / "report.json").read_text()
+    rename = type(out).rename
+
+    def fail(self, target):
+        if self.name == "adapters" and self.parent.name == ".jdetune":
+            raise OSError("disk gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(out), "rename", fail)
+    with pytest.raises(OutputError, match="disk gone"):
+        run(family, out, overwrite=True)
+    assert (out / "report.json").read_text() == before
+    assert (out / "base" / "model.safetensors").is_file()
+    assert (out / "adapters" / "tune-0").is_dir()
+
+
+def test_out_is_tried_before_the_work(tmp_path):
+    family = pico.make(tmp_path / "zoo")
+    (tmp_path / "file").write_text("")
+
+    def recover(*_, **__):
+        raise AssertionError("solved although OUT cannot be written")
+
+    with pytest.raises(OutputError, match="cannot be written"):
+        pipeline.run(family.paths, tmp_path / "file" / "out", recover_fn=recover)
+
+
+def test_failed_tensors_have_no_ranks(tmp_path):
+    family = pico.make(tmp_path)
+    bad = "encoder.layer.0.value.weight"
+    report = run(family, tmp_path / "out", {bad: Status.NOT_LOW_RANK})
+    assert {t["name"] for t in report["tensors"] if t["code"] and t["ranks"] is None} == {bad}
+
+
+def test_the_outlier_keeps_its_own_copy(tmp_path):
+    family = pico.make(tmp_path)
+    family.models[1] = with_other_bias(family.models[1], 2.0)
+    family.models[2]["classifier.bias"] = np.ones(5, np.float32)
+    rewrite(family)
+    report = run(family, tmp_path / "out")
+    saved = [read_adapter(tmp_path / "out" / "adapters" / f"tune-{i}").saved for i in range(3)]
+    assert [set(s) for s in saved] == [set(), {"encoder.norm.weight", "encoder.norm.bias"}, set()]
+    np.testing.assert_array_equal(saved[1]["encoder.norm.bias"], np.full(32, 2.0))
+    entry = next(t for t in report["tensors"] if t["name"] == "classifier.bias")
+    assert "leaves it out" in entry["reason"]

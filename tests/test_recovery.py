@@ -9,6 +9,9 @@ import jdetune
 from jdetune import Status, synth
 from tests import reference
 
+#: For what has nothing to do with accuracy: a smaller program to compile.
+PLAIN = jdetune.SubspaceIntersection(polish=False)
+
 
 def stack_of(shapes, n=3, rank=3, dtype="float32"):
     return {
@@ -30,12 +33,14 @@ def test_three_axes_come_back_without_a_layer_axis():
 
 def test_four_axes_and_a_mapping_equal_each_layer_alone():
     families = list(stack_of([(48, 40)] * 3).values())
-    stacked = jdetune.recover(np.stack([family.merged for family in families]))
-    mapped = jdetune.recover({str(i): family.merged for i, family in enumerate(families)})
+    stacked = jdetune.recover(np.stack([family.merged for family in families]), solver=PLAIN)
+    mapped = jdetune.recover(
+        {str(i): family.merged for i, family in enumerate(families)}, solver=PLAIN
+    )
     assert stacked.base.shape == (3, 48, 40)
     assert list(mapped) == ["0", "1", "2"]
     for index, family in enumerate(families):
-        alone = jdetune.recover(family.merged)
+        alone = jdetune.recover(family.merged, solver=PLAIN)
         for other in (stacked.layer(index), mapped[str(index)]):
             for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(alone), strict=True):
                 np.testing.assert_array_equal(a, b)
@@ -43,7 +48,9 @@ def test_four_axes_and_a_mapping_equal_each_layer_alone():
 
 def test_mapping_of_mixed_shapes_keeps_names_order_and_ranks():
     families = stack_of([(48, 40), (40, 64), (48, 40), (30, 30)])
-    found = jdetune.recover({name: family.merged for name, family in families.items()})
+    found = jdetune.recover(
+        {name: family.merged for name, family in families.items()}, solver=PLAIN
+    )
     assert list(found) == list(families)
     assert found.ok
     for name, family in families.items():
@@ -70,10 +77,12 @@ def test_base_has_the_dtype_and_array_type_of_the_input(dtype, kind):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sixteen_bits_saved_in_thirty_two_are_seen_as_what_they_are(dtype):
     family = synth.family(5, 96, 80, 3, dtype=dtype, update_rms=5e-3)
-    wide = jdetune.recover(family.merged.astype(np.float32))
+    wide = jdetune.recover(family.merged.astype(np.float32), solver=PLAIN)
     assert wide.ok
     assert wide.base.dtype == np.float32
-    np.testing.assert_array_equal(wide.base, jdetune.recover(family.merged).base.astype(np.float32))
+    np.testing.assert_array_equal(
+        wide.base, jdetune.recover(family.merged, solver=PLAIN).base.astype(np.float32)
+    )
 
 
 def test_adapters_rebuild_every_merged_model_to_rounding():
@@ -97,8 +106,8 @@ def test_adapters_rebuild_every_merged_model_to_rounding():
 def test_duplicates_are_dropped_with_a_warning_and_share_adapters():
     family = synth.family(3, 48, 40, 4)
     with pytest.warns(UserWarning, match=r"models \[2\] equal an earlier model"):
-        found = jdetune.recover(family.merged[[0, 1, 0, 2]])
-    np.testing.assert_array_equal(found.base, jdetune.recover(family.merged).base)
+        found = jdetune.recover(family.merged[[0, 1, 0, 2]], solver=PLAIN)
+    np.testing.assert_array_equal(found.base, jdetune.recover(family.merged, solver=PLAIN).base)
     np.testing.assert_array_equal(found.adapters.left[2], found.adapters.left[0])
     assert found.ranks.tolist() == [4] * 4
 
@@ -106,7 +115,7 @@ def test_duplicates_are_dropped_with_a_warning_and_share_adapters():
 def test_models_that_happen_to_be_equal_here_keep_rank_zero_if_told_so():
     family = synth.family(4, 48, 40, [4, 4, 0, 0])
     assert (family.merged[2] == family.merged[3]).all()
-    found = jdetune.recover(family.merged, drop_duplicates=False)
+    found = jdetune.recover(family.merged, drop_duplicates=False, solver=PLAIN)
     assert found.ok
     assert found.ranks.tolist() == [4, 4, 0, 0]
 
@@ -115,7 +124,7 @@ def test_models_equal_in_one_layer_only_have_rank_zero_there():
     first, second = synth.family(3, 48, 40, 4, seed=1), synth.family(3, 48, 40, 4, seed=2)
     merged = first.merged.copy()
     merged[:] = first.base
-    found = jdetune.recover({"same": merged, "other": second.merged})
+    found = jdetune.recover({"same": merged, "other": second.merged}, solver=PLAIN)
     assert found.ranks["same"].tolist() == [0, 0, 0]
     assert found.ok
     np.testing.assert_array_equal(found.base["same"], first.base)
@@ -233,7 +242,7 @@ def test_an_iteration_with_a_rank_that_determines_nothing_is_refused(n, rank):
 def test_one_bad_layer_leaves_the_others_alone():
     good = synth.family(3, 48, 40, 4)
     bad, status = status_cases()["nan"]
-    found = jdetune.recover(np.stack([good.merged, bad, good.merged]))
+    found = jdetune.recover(np.stack([good.merged, bad, good.merged]), solver=PLAIN)
     assert found.status.tolist() == [0, status, 0]
     np.testing.assert_array_equal(found.base[0], found.base[2])
 
@@ -242,7 +251,7 @@ def test_throw_names_layers_cause_and_remedy():
     good = synth.family(3, 48, 40, 4).merged
     bad, status = status_cases()["full fine-tuning"]
     with pytest.raises(jdetune.RecoveryFailed, match="1 of 2 layers failed") as caught:
-        jdetune.recover({"fine": good, "broken": bad}, throw=True)
+        jdetune.recover({"fine": good, "broken": bad}, throw=True, solver=PLAIN)
     assert "broken: NOT_LOW_RANK: " + status.message in str(caught.value)
     assert "fine:" not in str(caught.value)
 
@@ -278,23 +287,24 @@ def test_progress_counts_layers():
     jdetune.recover(
         {name: family.merged for name, family in families.items()},
         progress=lambda done, total: seen.append((done, total)),
+        solver=PLAIN,
     )
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_a_second_call_compiles_nothing(caplog):
     first, second = (synth.family(3, 56, 40, 4, seed=s).merged for s in (1, 2))
-    jdetune.recover(first)
+    jdetune.recover(first, solver=PLAIN)
     with jax.log_compiles(True), caplog.at_level("WARNING"):
-        jdetune.recover(second)
+        jdetune.recover(second, solver=PLAIN)
         assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
-        jdetune.recover(synth.family(3, 56, 48, 4).merged)
+        jdetune.recover(synth.family(3, 56, 48, 4).merged, solver=PLAIN)
     assert [record for record in caplog.records if "Compiling" in record.getMessage()]
 
 
 def test_wide_ranks_enlarge_the_sketch():
     family = synth.family(3, 200, 180, 40, decay=1.0)
-    found = jdetune.recover(family.merged)
+    found = jdetune.recover(family.merged, solver=PLAIN)
     assert found.ok
     assert found.ranks.tolist() == [40, 40, 40]
 
@@ -307,7 +317,7 @@ def test_float32_precision_is_a_choice_anywhere():
 
 
 def test_recoveries_is_a_pytree():
-    found = jdetune.recover({"w": synth.family(3, 48, 40, 4).merged})
+    found = jdetune.recover({"w": synth.family(3, 48, 40, 4).merged}, solver=PLAIN)
     again = jax.tree.map(lambda x: x, found)
     assert list(again) == ["w"]
     np.testing.assert_array_equal(again["w"].base, found["w"].base)

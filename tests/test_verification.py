@@ -4,6 +4,7 @@ import pytest
 from jdetune import pipeline, verification
 from jdetune.checkpoint import open_checkpoint, read_tensor, save_safetensors
 from jdetune.errors import InputError
+from jdetune.status import Status
 from tests import pico
 
 NAME = "encoder.layer.0.query.weight"
@@ -92,3 +93,41 @@ def test_noise_unit_is_never_below_half_an_ulp():
     assert unit[0, 0] == 2.0**-24
     assert unit[0, 1] == pytest.approx(2.0**-23 / np.sqrt(24), rel=1e-6)
     assert unit[1, 1] == pytest.approx(2.0**-44, rel=1e-6)
+
+
+def test_a_tensor_missing_in_the_base_fails(tmp_path, recovered):
+    spoil(tmp_path / "out" / "base", lambda tensors: tensors.pop("classifier.bias"))
+    found = verification.verify(tmp_path / "out", tmp_path / "truth")
+    assert "classifier.bias: in the reference, but not in the base" in found["failures"]
+
+
+def test_a_copied_tensor_unlike_the_reference_fails(tmp_path, recovered):
+    pico.write(tmp_path / "truth", {**recovered.base, "classifier.bias": np.ones(3, np.float32)})
+    found = verification.verify(tmp_path / "out", tmp_path / "truth")
+    assert found["failures"] == ["classifier.bias: copied, but not equal to the reference"]
+
+
+def test_comparing_nothing_fails(tmp_path, recovered):
+    for path in recovered.paths:
+        path.rename(path.with_name(f"moved-{path.name}"))
+    pico.write(tmp_path / "truth", {"other.weight": np.ones((3, 3), np.float32)})
+    found = verification.verify(tmp_path / "out", tmp_path / "truth")
+    assert "nothing was compared" in found["failures"]
+    assert "no recovered matrix was compared with the reference" in found["failures"]
+
+
+def test_one_missing_model_fails_without_a_reference(tmp_path, recovered):
+    recovered.paths[1].rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"no longer where.*tune-1"):
+        verification.verify(tmp_path / "out")
+    assert len(verification.verify(tmp_path / "out", tmp_path / "truth")["models"]) == 2
+
+
+def test_skipped_and_failed_tensors_are_passed_over(tmp_path, recovered):
+    options = pipeline.Options(exclude="0.value")
+    statuses = {NAME: Status.NOT_LOW_RANK}
+    teller = pico.truth_teller(recovered.base, statuses)
+    pipeline.run(recovered.paths, tmp_path / "part", options, recover_fn=teller)
+    found = verification.verify(tmp_path / "part", tmp_path / "truth")
+    assert found["failures"] == []
+    assert found["passed_over"] == [NAME, "encoder.layer.0.value.weight"]

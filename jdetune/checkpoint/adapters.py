@@ -85,6 +85,8 @@ def write_adapter(
     saved = tuple(n for n in checkpoint.tensors if layout.module_of(n) in whole)
     nonzero = {n: f for n, f in factors.items() if f[0].shape[1] > 0 and n not in saved}
     kept = {name: pair for name, pair in nonzero.items() if layout.is_targetable(name)}
+    if not kept and not saved:
+        kept = _zero_update(factors, checkpoint)
     tensors: dict[str, np.ndarray] = {}
     for name, (left, right) in kept.items():
         tensors.update(_lora_tensors(layout.module_of(name), left, right, checkpoint.config))
@@ -97,6 +99,18 @@ def write_adapter(
     root = tuple(n for n in per_model if not layout.module_of(n))
     left_out = tuple(name for name in nonzero if name not in kept) + root
     return AdapterFiles(path, tuple(kept), left_out, saved)
+
+
+def _zero_update(
+    factors: Factors, checkpoint: Checkpoint
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """A rank-1 update of zeros on one module: PEFT loads no adapter without a target."""
+    matrices = [n for n, info in checkpoint.tensors.items() if info.is_matrix]
+    name = next((n for n in [*factors, *matrices] if layout.is_targetable(n)), None)
+    if name is None:
+        return {}
+    row, col = checkpoint.tensors[name].shape
+    return {name: (np.zeros((row, 1), np.float32), np.zeros((1, col), np.float32))}
 
 
 def _lora_tensors(

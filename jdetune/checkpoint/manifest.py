@@ -48,6 +48,8 @@ class Plan:
       tensors: one entry a tensor, in the template's order.
       groups: names of tensors to recover together: one shape and dtype each.
       warnings: things that are odd but not wrong.
+      alike: for every model, index of the first one that equals it in every matrix in which the
+        models differ; the solver sees each such set once.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -55,6 +57,12 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     groups: tuple[tuple[str, ...], ...]
     warnings: tuple[str, ...]
+    alike: tuple[int, ...]
+
+    @property
+    def solved(self) -> tuple[int, ...]:
+        """Indices of the models that the solver sees: distinct in the matrices that differ."""
+        return tuple(sorted(set(self.alike)))
 
     def names(self, action: str) -> tuple[str, ...]:
         """Names of the tensors that an action is planned for."""
@@ -88,10 +96,14 @@ def make_plan(
       progress: called with the tensors compared so far and their number.
 
     Raises:
-      InputError: nothing in common.
+      InputError: no matrix can be recovered, since the dtypes differ.
+      NotOneBaseError: nothing in common.
     """
     names = list(dict.fromkeys(name for c in checkpoints for name in c.tensors))
+    mixed = mixed_dtypes(checkpoints)
     if not any(_is_common(checkpoints, name) for name in names):
+        if mixed is not None:
+            raise InputError(mixed)
         raise NotOneBaseError(
             "the models have no tensor in common by name, shape and dtype: they are not fine-tunes "
             "of one base. Give models of one architecture."
@@ -102,13 +114,32 @@ def make_plan(
         if progress is not None:
             progress(done + 1, len(names))
     keep, duplicates = _distinct(checkpoints, marks)
+    differing = [name for name in names if _is_differing(checkpoints, name, marks[name])]
+    if mixed is not None and not differing:
+        raise InputError(mixed)
     kept = tuple(checkpoints[i] for i in keep)
     plans = []
     for name in names:
         if any(name in c.tensors for c in kept):
             plans.append(_plan_tensor(kept, name, [marks[name][i] for i in keep], wanted))
     groups = group_tensors(kept, [p.name for p in plans if p.action == "recover"])
-    return Plan(kept, duplicates, tuple(plans), groups, _config_warnings(kept))
+    alike = _first_equal([tuple(marks[name][i] for name in differing) for i in keep])
+    return Plan(kept, duplicates, tuple(plans), groups, _config_warnings(kept), alike)
+
+
+def mixed_dtypes(checkpoints: Sequence[Checkpoint]) -> str | None:
+    """What to say where a matrix has one shape but several dtypes; None if there is none."""
+    for name, first in checkpoints[0].tensors.items():
+        infos = [info for info in _infos(checkpoints, name) if info is not None]
+        shared = len(infos) == len(checkpoints) and {i.shape for i in infos} == {first.shape}
+        if shared and len({i.dtype for i in infos}) > 1 and any(i.is_matrix for i in infos):
+            pairs = zip(checkpoints, infos, strict=True)
+            said = ", ".join(f"{checkpoint.name}: {info.dtype}" for checkpoint, info in pairs)
+            return (
+                f"no matrix that differs has one dtype in all models ({name} is {said}). Give "
+                "models as they were merged, all in one dtype."
+            )
+    return None
 
 
 def group_tensors(
@@ -156,16 +187,25 @@ def _marks(checkpoints: Sequence[Checkpoint], name: str) -> tuple[bytes | None, 
 def _distinct(
     checkpoints: Sequence[Checkpoint], marks: dict[str, tuple[bytes | None, ...]]
 ) -> tuple[list[int], tuple[tuple[str, str], ...]]:
+    first = _first_equal(list(zip(*marks.values(), strict=True)))
+    keep = [i for i, twin in enumerate(first) if twin == i]
+    twins = [(i, twin) for i, twin in enumerate(first) if twin != i]
+    return keep, tuple((checkpoints[i].name, checkpoints[twin].name) for i, twin in twins)
+
+
+def _first_equal(keys: Sequence[tuple]) -> tuple[int, ...]:
+    """For every key, the index of the first that equals it."""
     first: dict[tuple, int] = {}
-    keep, duplicates = [], []
-    for i, checkpoint in enumerate(checkpoints):
-        key = tuple(mark[i] for mark in marks.values())
-        if key in first:
-            duplicates.append((checkpoint.name, checkpoints[first[key]].name))
-        else:
-            first[key] = i
-            keep.append(i)
-    return keep, tuple(duplicates)
+    return tuple(first.setdefault(key, i) for i, key in enumerate(keys))
+
+
+def _is_differing(
+    checkpoints: Sequence[Checkpoint], name: str, marks: Sequence[bytes | None]
+) -> bool:
+    """Whether it is a matrix of one kind in all models, in which they differ."""
+    info = checkpoints[0].tensors.get(name)
+    kind = info is not None and info.is_matrix and _is_common(checkpoints, name)
+    return kind and len(set(marks)) > 1
 
 
 def _plan_tensor(

@@ -54,9 +54,13 @@ def save_base(recovery: Mapping[str, Recovery], template: str | Path, out: str |
 
     Args:
       recovery: what ``recover`` returned for a mapping of names.
-      template: one of the merged models; gives shard layout, config, tokenizer and every tensor
-        that was not recovered. Matrices whose status has no base are left out.
+      template: one of the merged models; gives shard layout, config and tokenizer.
       out: folder to write.
+
+    Every tensor that is not in ``recovery`` is the template's own copy, unverified: a vector, a
+    convolution or a matrix left out of the stack, in which the models differ, is then that model's
+    fine-tuned one, not the base's. ``jdetune recover`` compares all models and takes the majority's
+    copy, or none. Matrices in ``recovery`` whose status has no base are left out.
     """
     checkpoint = open_checkpoint(template)
 
@@ -85,6 +89,10 @@ def save_adapters(
 
     Returns:
       What was written, a model each.
+
+    Raises:
+      ValueError: too many or too few names, one that is no plain folder name, or one given twice
+        (also in other case: some disks cannot tell them apart).
     """
     checkpoint = open_checkpoint(template)
     usable = {n: r for n, r in recovery.items() if Status(int(r.status)).has_base}
@@ -93,6 +101,11 @@ def save_adapters(
         names = [f"model-{i + 1}" for i in range(n_models)]
     if len(names) != n_models:
         raise ValueError(f"got {len(names)} names for {n_models} models")
+    unsafe = [name for name in names if not _is_plain(name)]
+    if unsafe:
+        raise ValueError(f"{unsafe[0]!r} is not a plain folder name; give names without a path")
+    if len({name.casefold() for name in names}) < len(names):
+        raise ValueError(f"names must be unique, also without regard to case; got {list(names)}")
     return [
         write_adapter(Path(out) / name, factors_of(usable, i), checkpoint)
         for i, name in enumerate(names)
@@ -109,6 +122,12 @@ def factors_of(
         left = np.asarray(found.adapters.left[model])[:, :rank]
         factors[name] = (left, np.asarray(found.adapters.right[model])[:rank])
     return factors
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names a folder right in another, on every system."""
+    plain = not set(name) & set("/\\:") and not name.startswith(".")
+    return plain and name.isprintable() and name.strip() == name != ""
 
 
 def _differs(checkpoints: Sequence[Checkpoint], name: str) -> bool:

@@ -138,10 +138,11 @@ def set_platform(name: str) -> None:
     jax.config.update("jax_platforms", platform)
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
+        cause = next(iter(str(error).splitlines()), type(error).__name__)
         raise UsageError(
-            f"--platform={name}: JAX finds no such device ({str(error).splitlines()[0]}). Install "
-            "the matching jax build, or use --platform=auto."
+            f"--platform={name}: JAX finds no such device ({cause}). Install the matching jax "
+            "build, or use --platform=auto."
         ) from error
 
 

@@ -20,7 +20,12 @@ _SCHEDULER_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
 def console_main() -> None:
     """Entry point of the program: environment first, then the command."""
     prepare_environment()
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == _INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # XLA's threads still run, and crash a regular teardown
+    sys.exit(code)
 
 
 def prepare_environment() -> None:

@@ -12,6 +12,8 @@ The W-error is the mean over recovered matrices of log10 of the mean squared err
 exact. A re-merge fails where an element misses the model's by more than 16 noise units: half an
 ulp, or the rms rounding error of the element's row or column if that is larger.
 
+verify computes in NumPy: it takes --platform as the other commands do, but runs on the CPU.
+
 exit codes: 0 as good as asked; 2 usage; 3 bad input; 6 verification failed"""
 
 
@@ -28,6 +30,7 @@ def make_command() -> Command:
     command.string("models", None, "Merged models, comma separated, in the order of the report.")
     command.number("max_error", None, "Greatest W-error (log10 MSE) that passes.")
     command.number("min_exact", None, "Least exact fraction of the recovered matrices that passes.")
+    command.platform()
     return command
 
 
@@ -88,6 +91,10 @@ def render(result: dict[str, Any]) -> str:
         )
     if result["reference"] is not None:
         lines.append(f"{result['copied_equal']} of {result['copied']} other tensors equal")
+    if result["passed_over"]:
+        lines.append(
+            f"{len(result['passed_over'])} tensors passed over: skipped or failed by the report"
+        )
     if result["models"]:
         rows = [
             [

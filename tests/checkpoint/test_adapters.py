@@ -151,3 +151,12 @@ def test_merge_scales_after_the_product_and_rounds_once():
     expected = (base.astype(np.float32) + update).astype(np.float16)
     np.testing.assert_array_equal(merge_peft(base, left, right, 0.3), expected)
     assert merge_peft(base, left, right).dtype == np.float16
+
+
+def test_a_model_equal_to_the_base_gets_a_target_of_zeros(tmp_path):
+    model = checkpoint(tmp_path, ["a.q.weight", "b.q.weight"])
+    write_adapter(tmp_path / "x", {"a.q.weight": factors(0, 0), "b.q.weight": factors(1, 0)}, model)
+    assert config_of(tmp_path / "x")["target_modules"] == ["a.q"]
+    left, right = load_adapter(tmp_path / "x")["a.q.weight"]
+    assert left.shape == (6, 1)
+    assert not (left @ right).any()

@@ -62,3 +62,12 @@ def test_adapter_names_must_fit(tmp_path):
         save_adapters(recovery, family.paths[0], tmp_path / "x", ["a"])
     written = save_adapters(recovery, family.paths[0], tmp_path / "x")
     assert [files.path.name for files in written] == ["model-1", "model-2", "model-3"]
+
+
+@pytest.mark.parametrize("bad", ["../b", "", "/b", ".b", "a", "A"])
+def test_unsafe_or_double_adapter_names_are_refused(tmp_path, bad):
+    family = pico.make(tmp_path)
+    recovery = pico.truth_teller(family.base)(load_stack(family.paths))
+    with pytest.raises(ValueError, match="plain folder name|unique"):
+        save_adapters(recovery, family.paths[0], tmp_path / "x", ["a", bad, "c"])
+    assert not (tmp_path / "x").exists()

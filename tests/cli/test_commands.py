@@ -133,3 +133,43 @@ def test_verify_needs_an_output(tmp_path, capsys):
     assert "report.json: missing" in err
     assert call(capsys, "verify")[0] == 2
     assert call(capsys, "verify", tmp_path, "--max_error=-3")[0] == 2
+
+
+def test_inspect_tells_two_bases_from_too_few_models(tmp_path, family, capsys):
+    other = pico.make(tmp_path / "other", n_models=1, seed=7)
+    models = [*family.models[:2], other.models[0]]
+    equal = "a.first.weight"  # sampled first: two of the three are equal in it
+    for i, model in enumerate(models):
+        rng = np.random.default_rng(i // 2)
+        pico.write(
+            tmp_path / f"m{i}", {equal: rng.standard_normal((48, 48)).astype(np.float32), **model}
+        )
+    paths = [tmp_path / f"m{i}" for i in range(3)]
+    code, text, _ = call(capsys, "inspect", *paths, "--sample=1")
+    assert code == 4
+    assert "not recoverable" in text
+
+
+def test_inspect_goes_on_until_three_models_are_distinct(tmp_path, family, capsys):
+    rng = np.random.default_rng(3)
+    zero = np.zeros((48, 48), np.float32)
+    update = np.matmul(*pico.pair(rng, (48, 48), 1))
+    for i, model in enumerate(family.models):
+        pico.write(family.paths[i], {"a.first.weight": zero + update * (i == 2), **model})
+    code, text, _ = call(capsys, "inspect", *family.paths, "--sample=1", "--json")
+    found = json.loads(text)
+    assert found["distinct_in_sample"] == 3
+    assert [entry["name"] for entry in found["sample"]][0] == "a.first.weight"
+    assert code == 0
+
+
+def test_inspect_names_mixed_dtypes(tmp_path, family, capsys):
+    half = {name: array.astype(np.float16) for name, array in family.models[1].items()}
+    pico.write(family.paths[1], half)
+    code, text, _ = call(capsys, "inspect", *family.paths)
+    assert code == 3
+    assert "tune-1: float16" in text
+
+
+def test_verify_takes_platform(tmp_path, capsys):
+    assert call(capsys, "verify", tmp_path, "--platform=cpu")[0] == 3  # no report, not usage

@@ -41,6 +41,9 @@ def test_only_a_former_demo_is_replaced(tmp_path):
     (old / "models").mkdir(parents=True)
     with pytest.raises(OutputError, match="not empty"):
         check_demo(old, base, overwrite=False)
+    with pytest.raises(OutputError, match="no former demo"):
+        check_demo(old, base, overwrite=True)
+    (old / "recovered" / ".jdetune").mkdir(parents=True)
     check_demo(old, base, overwrite=True)
     (old / "letter.txt").write_text("mine")
     with pytest.raises(OutputError, match="did not write"):

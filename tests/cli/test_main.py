@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jdetune.cli import main as program
-from jdetune.cli.common import Command, HelpRequested, UsageError
+from jdetune.cli.common import Command, HelpRequested, UsageError, set_platform
 
 
 def command():
@@ -132,3 +132,26 @@ def test_shipped_flagfiles_parse():
                 "paper": "SpectralDeTuning",
             }[name]
         )
+
+
+def test_an_interrupt_leaves_without_teardown(monkeypatch):
+    monkeypatch.setattr(program, "prepare_environment", lambda: None)
+    monkeypatch.setattr(program, "main", lambda argv: 130)
+    left = []
+    monkeypatch.setattr(program.os, "_exit", left.append)
+    with pytest.raises(SystemExit):
+        program.console_main()
+    assert left == [130]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no cuda\nx"), AssertionError()])
+def test_a_missing_platform_is_a_usage_error(monkeypatch, error):
+    import jax
+
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    with pytest.raises(UsageError, match="--platform=gpu: JAX finds no such device"):
+        set_platform("gpu")
