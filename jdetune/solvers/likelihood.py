@@ -337,7 +337,8 @@ def most_likely(
     base = weighted_base(weights, found.left, found.right, variance)
     error = residuals(weights, base, found.left, found.right)
     n_models = weights.shape[0]
-    ratio = jnp.sqrt(jnp.mean(jnp.square(error) / variance) * n_models / (n_models - 1))
+    share = jnp.sum(jnp.square(error)) / jnp.sum(variance)
+    ratio = jnp.sqrt(share * n_models / (n_models - 1))
     eye = jnp.broadcast_to(
         jnp.eye(left.shape[2], dtype=left.dtype), (n_models, left.shape[2], left.shape[2])
     )

@@ -188,4 +188,4 @@ def test_real_adapters_gain_almost_a_decade(name, n, error, exact):
     assert errors["polished"] < errors["plain"] - 0.8
     assert np.mean(fractions) >= exact
     ratios = [float(found.stats["residual_ratio"]) for found in polished.values()]
-    assert 0.85 < min(ratios) < max(ratios) < 1.05
+    assert 0.9 < min(ratios) < max(ratios) < 1.1
