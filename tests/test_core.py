@@ -124,7 +124,7 @@ def both_spaces(stack, rank, steps, schedule, seed=0):
     return found
 
 
-@pytest.mark.parametrize(("row", "col"), [(48, 40), (12, 50)])
+@pytest.mark.parametrize(("row", "col"), [pytest.param(48, 40, marks=pytest.mark.slow), (12, 50)])
 def test_iterates_are_equal_on_exactly_low_rank_models(row, col):
     stack = np.stack([exact_stack(4, row, col, 3, seed) for seed in (1, 2)])
     inner, full = both_spaces(stack, 3, 60, RankSchedule(patience=2))

@@ -65,7 +65,7 @@ def test_mapping_of_mixed_shapes_keeps_names_order_and_ranks():
 def test_base_has_the_dtype_and_array_type_of_the_input(dtype, kind):
     family = synth.family(5, 96, 80, 3, dtype=dtype, update_rms=5e-3)
     stack = family.merged if kind == "numpy" else jnp.asarray(family.merged)
-    found = jdetune.recover(stack)
+    found = jdetune.recover(stack, PLAIN)
     assert found.ok
     assert found.base.dtype == stack.dtype
     for leaf in jax.tree.leaves(found):

@@ -169,7 +169,7 @@ def test_every_product_asks_for_full_precision():
     ("name", "n", "error", "exact"),
     [
         ("distinct_tasks_r16", 3, -19.5, 0.95),
-        ("distinct_tasks_r16", 5, -20.4, 0.97),
+        pytest.param("distinct_tasks_r16", 5, -20.4, 0.97, marks=pytest.mark.slow),
     ],
 )
 def test_real_adapters_gain_almost_a_decade(name, n, error, exact):
