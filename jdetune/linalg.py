@@ -88,6 +88,14 @@ def long_matmul(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, 
     return total + rest
 
 
+def sum_models(values: Float[Array, "model ..."]) -> Float[Array, "..."]:
+    """Sum over the leading axis, unrolled: XLA's reduction of a leading axis is slow on CPU."""
+    total = values[0]
+    for index in range(1, values.shape[0]):
+        total = total + values[index]
+    return total
+
+
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     """Rounded sum of two arrays and its exact rounding error (Knuth)."""
     total = a + b

@@ -136,20 +136,12 @@ def step_layer(
 
     factors = Factors(*jax.vmap(one)(problem.data, sketches))
     updates = linalg.contract("mlr,mkr->mlk", *factors)
-    estimate = sum_models(problem.data - updates) / n_models
+    estimate = linalg.sum_models(problem.data - updates) / n_models
     squares = jnp.square(problem.data - (estimate + updates))
     inside = jnp.sum(squares) / (n_models * plan.n_elements)
     loss = (inside + problem.outside).astype(jnp.float32)
     state = rank_schedule.advance(plan.schedule, plan.rank, plan.steps, carry.schedule, loss)
     return Carry(estimate, factors, state), loss
-
-
-def sum_models(values: Float[Array, "model ..."]) -> Float[Array, "..."]:
-    """Sum over the leading axis, unrolled: XLA's reduction of a leading axis is slow on CPU."""
-    total = values[0]
-    for index in range(1, values.shape[0]):
-        total = total + values[index]
-    return total
 
 
 def iterate(
@@ -182,7 +174,7 @@ def iterate(
         return after, (loss, carry.schedule.rank)
 
     start = Carry(
-        estimate=jax.vmap(sum_models)(data) / n_models,
+        estimate=jax.vmap(linalg.sum_models)(data) / n_models,
         factors=Factors(
             jnp.zeros_like(data, shape=(*data.shape[:3], plan.rank)),
             jnp.zeros_like(data, shape=(*data.shape[:2], data.shape[3], plan.rank)),

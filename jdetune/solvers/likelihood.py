@@ -18,12 +18,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Array as AnyArray
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from jdetune import linalg
 from jdetune.factors import balanced_factors
 from jdetune.noise import merge_variance
 from jdetune.solvers.intersection import Scales
+from jdetune.solvers.tangent import (
+    Tangent,
+    conjugate_gradients,
+    preconditioned_square,
+    retract,
+    tangent_spaces,
+    to_tangent,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,31 +51,6 @@ class Refinement:
     rounds: int = 6
 
 
-class Tangent(NamedTuple):
-    """Bases of the tangent spaces of all updates, in whitened coordinates, and the weights.
-
-    Attributes:
-      left: U, orthonormal up to each rank, zero past it.
-      right: V, likewise.
-      active: which columns are used.
-      weight: inverse variance of each stored element, relative to its mean.
-      total: sum of the weights over models.
-    """
-
-    left: Float[Array, "model row rank"]
-    right: Float[Array, "model col rank"]
-    active: Bool[Array, "model rank"]
-    weight: Float[Array, "model row col"]
-    total: Float[Array, "row col"]
-
-
-class Step(NamedTuple):
-    """A tangent vector: one pair of factors a model."""
-
-    p: Float[Array, "model row rank"]
-    q: Float[Array, "model col rank"]
-
-
 class Refined(NamedTuple):
     """Updates after refinement, as factors, with what the solver has to say.
 
@@ -80,110 +63,6 @@ class Refined(NamedTuple):
     steps: Int[Array, ""]
     reached: Float[Array, ""]
     rounds: Int[Array, ""]
-
-
-def to_matrices(tangent: Tangent, step: Step) -> Float[Array, "model row col"]:
-    r"""The tangent vector as matrices, :math:`P V^T + U Q^T`: one product a model."""
-    left = jnp.concatenate([step.p, tangent.left], axis=2)
-    right = jnp.concatenate([tangent.right, step.q], axis=2)
-    return linalg.contract("mra,mca->mrc", left, right)
-
-
-def to_tangent(tangent: Tangent, matrices: Float[Array, "model row col"]) -> Step:
-    """The adjoint of ``to_matrices``: matrices projected on the tangent spaces."""
-    p = linalg.contract("mrc,mca->mra", matrices, tangent.right)
-    q = linalg.contract("mrc,mra->mca", matrices, tangent.left)
-    return _project(tangent, Step(p, q))
-
-
-def _project(tangent: Tangent, step: Step) -> Step:
-    """Takes from Q what P can express: the two parts are then orthogonal."""
-    inside = linalg.contract("mca,mcb->mab", tangent.right, step.q)
-    q = step.q - linalg.contract("mca,mab->mcb", tangent.right, inside)
-    keep = tangent.active[:, None, :]
-    return Step(jnp.where(keep, step.p, 0), jnp.where(keep, q, 0))
-
-
-def normal_operator(tangent: Tangent, step: Step) -> Step:
-    """Gauss-Newton matrix times a tangent vector, the base eliminated."""
-    moved = to_matrices(tangent, step)
-    weighted = tangent.weight * moved
-    mean = sum_models(weighted) / tangent.total
-    return to_tangent(tangent, weighted - tangent.weight * mean)
-
-
-def sum_models(values: Float[Array, "model ..."]) -> Float[Array, "..."]:
-    """Sum over the leading axis, unrolled: XLA's reduction of a leading axis is slow on CPU."""
-    total = values[0]
-    for index in range(1, values.shape[0]):
-        total = total + values[index]
-    return total
-
-
-def _preconditioner(tangent: Tangent) -> Step:
-    """Inverse diagonal blocks, as one number a row and one a column."""
-    free = tangent.weight * (1 - tangent.weight / tangent.total)
-    tiny = jnp.finfo(free.dtype).tiny
-    rows = jnp.maximum(jnp.mean(free, axis=2), tiny)
-    cols = jnp.maximum(jnp.mean(free, axis=1), tiny)
-    return Step(1 / rows[:, :, None], 1 / cols[:, :, None])
-
-
-def _dot(a: Step, b: Step) -> Array:
-    return jnp.sum(a.p * b.p) + jnp.sum(a.q * b.q)
-
-
-def _axpy(x: Step, scale: Array, y: Step) -> Step:
-    return Step(x.p + scale * y.p, x.q + scale * y.q)
-
-
-def conjugate_gradients(
-    tangent: Tangent, gradient: Step, goal: Float[Array, ""], max_steps: int
-) -> tuple[Step, Int[Array, ""], Float[Array, ""]]:
-    """Solves ``normal_operator(z) = gradient`` until the squared residual is below ``goal``.
-
-    Args:
-      tangent: the tangent spaces.
-      gradient: the right-hand side.
-      goal: square of the preconditioned residual to stop at.
-      max_steps: steps at the latest.
-
-    Returns:
-      z, the number of steps, and the squared preconditioned residual.
-    """
-    scale = _preconditioner(tangent)
-    tiny = jnp.finfo(gradient.p.dtype).tiny
-
-    def precondition(step: Step) -> Step:
-        return _project(tangent, Step(step.p * scale.p, step.q * scale.q))
-
-    def going(carry: tuple) -> Array:
-        *_, size, count = carry
-        return (count < max_steps) & (size > goal)
-
-    def advance(carry: tuple) -> tuple:
-        z, residual, direction, size, count = carry
-        image = normal_operator(tangent, direction)
-        length = size / jnp.maximum(_dot(direction, image), tiny)
-        z = _axpy(z, length, direction)
-        residual = _axpy(residual, -length, image)
-        scaled = precondition(residual)
-        after = _dot(residual, scaled)
-        direction = _axpy(scaled, after / jnp.maximum(size, tiny), direction)
-        return z, residual, direction, after, count + 1
-
-    first = precondition(gradient)
-    size = _dot(gradient, first)
-    zero = jax.tree.map(jnp.zeros_like, gradient)
-    start = (zero, gradient, first, size, jnp.zeros_like(size, dtype=jnp.int32))
-    z, _, _, size, count = jax.lax.while_loop(going, advance, start)
-    return z, count, size
-
-
-def preconditioned_square(tangent: Tangent, gradient: Step) -> Float[Array, ""]:
-    """Squared norm of a gradient in the metric of the preconditioner."""
-    scale = _preconditioner(tangent)
-    return _dot(gradient, _project(tangent, Step(gradient.p * scale.p, gradient.q * scale.q)))
 
 
 def weighted_base(
@@ -209,42 +88,6 @@ def weighted_base(
     models = jnp.arange(weights.shape[0], dtype=jnp.int32)
     (moved, total), _ = jax.lax.scan(add, (zero, zero), models)
     return reference + moved / total
-
-
-def tangent_spaces(
-    left: Float[Array, "model row rank"],
-    right: Float[Array, "model rank col"],
-    active: Bool[Array, "model rank"],
-) -> tuple[Array, Array, Array]:
-    """Orthonormal bases U, V of whitened updates and their cores: ``left @ right = U X V^T``."""
-
-    def one(left: Array, right: Array, active: Array) -> tuple[Array, Array, Array]:
-        u = linalg.orthonormalize_leading(left, active)
-        v = linalg.orthonormalize_leading(right.T, active)
-        return u, v, linalg.matmul(linalg.matmul(u.T, left), linalg.matmul(right, v))
-
-    return jax.vmap(one)(left, right, active)
-
-
-def retract(
-    u: Float[Array, "row rank"],
-    core: Float[Array, "rank rank"],
-    v: Float[Array, "col rank"],
-    p: Float[Array, "row rank"],
-    q: Float[Array, "col rank"],
-) -> tuple[Float[Array, "row rank"], Float[Array, "rank col"]]:
-    r"""Nearest update of the same rank to :math:`U X V^T + P V^T + U Q^T`, as factors."""
-    rank = core.shape[0]
-    left = jnp.concatenate([linalg.matmul(u, core) + p, u], axis=1)
-    right = jnp.concatenate([v, q], axis=1)
-    q_left, q_right = linalg.qr_basis(left), linalg.qr_basis(right)
-    inner = linalg.matmul(linalg.matmul(q_left.T, left), linalg.matmul(right.T, q_right))
-    short = [2 * rank - side for side in inner.shape]
-    turn_left, values, turn_right = linalg.svd_square(jnp.pad(inner, [(0, k) for k in short]))
-    turn_left, turn_right = turn_left[: inner.shape[0]], turn_right[: inner.shape[1]]
-    root = jnp.sqrt(values[:rank])
-    b = linalg.matmul(q_left, turn_left[:, :rank]) * root
-    return b, (linalg.matmul(q_right, turn_right[:, :rank]) * root).T
 
 
 def refine(
@@ -289,7 +132,7 @@ def refine(
         whitened = variance / jnp.square(rows) / jnp.square(cols)
         mean = jnp.mean(whitened)
         weight = (mean / whitened).astype(work)
-        tangent = Tangent(u.astype(work), v.astype(work), active, weight, sum_models(weight))
+        tangent = Tangent(u.astype(work), v.astype(work), active, weight, linalg.sum_models(weight))
         gradient = to_tangent(tangent, weight * (error / size).astype(work))
         unit = jnp.maximum(freedom, 1) * mean / jnp.square(size)
         goal = (options.tolerance**2 * unit).astype(work)

@@ -40,7 +40,7 @@ from jaxtyping import Float, Int
 from jdetune import core, linalg
 from jdetune.noise import ulp
 from jdetune.rank_schedule import RankSchedule
-from jdetune.solvers.alternation import Draw, Factors, Plan, Problem, iterate, sum_models
+from jdetune.solvers.alternation import Draw, Factors, Plan, Problem, iterate
 from jdetune.types import Array as AnyArray
 
 
@@ -240,7 +240,7 @@ def _residual_ratio(stack: Array, loss: Array, dtype: jnp.dtype) -> Array:
     n_models = stack.shape[1]
 
     def noise(weights: Array) -> Array:
-        return sum_models(jnp.mean(jnp.square(ulp(weights).astype(dtype)), axis=(1, 2)))
+        return linalg.sum_models(jnp.mean(jnp.square(ulp(weights).astype(dtype)), axis=(1, 2)))
 
     variance = linalg.map_batched(noise, stack, 1) / (12 * n_models)
     expected = jnp.maximum(variance * (n_models - 1) / n_models, 1e-37)

@@ -1,0 +1,173 @@
+r"""Tangent spaces of low-rank updates: maps, the Gauss-Newton system, conjugate gradients.
+
+A tangent vector of model i is :math:`P_i V_i^T + U_i Q_i^T` with :math:`V_i^T Q_i = 0`, an
+isometric parametrisation. All functions are pure and work on all models of one layer at once.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jdetune import linalg
+
+
+class Tangent(NamedTuple):
+    """Bases of the tangent spaces of all updates, in whitened coordinates, and the weights.
+
+    Attributes:
+      left: U, orthonormal up to each rank, zero past it.
+      right: V, likewise.
+      active: which columns are used.
+      weight: inverse variance of each stored element, relative to its mean.
+      total: sum of the weights over models.
+    """
+
+    left: Float[Array, "model row rank"]
+    right: Float[Array, "model col rank"]
+    active: Bool[Array, "model rank"]
+    weight: Float[Array, "model row col"]
+    total: Float[Array, "row col"]
+
+
+class Step(NamedTuple):
+    """A tangent vector: one pair of factors a model."""
+
+    p: Float[Array, "model row rank"]
+    q: Float[Array, "model col rank"]
+
+
+def to_matrices(tangent: Tangent, step: Step) -> Float[Array, "model row col"]:
+    r"""The tangent vector as matrices, :math:`P V^T + U Q^T`: one product a model."""
+    left = jnp.concatenate([step.p, tangent.left], axis=2)
+    right = jnp.concatenate([tangent.right, step.q], axis=2)
+    return linalg.contract("mra,mca->mrc", left, right)
+
+
+def to_tangent(tangent: Tangent, matrices: Float[Array, "model row col"]) -> Step:
+    """The adjoint of ``to_matrices``: matrices projected on the tangent spaces."""
+    p = linalg.contract("mrc,mca->mra", matrices, tangent.right)
+    q = linalg.contract("mrc,mra->mca", matrices, tangent.left)
+    return project(tangent, Step(p, q))
+
+
+def project(tangent: Tangent, step: Step) -> Step:
+    """Takes from Q what P can express: the two parts are then orthogonal."""
+    inside = linalg.contract("mca,mcb->mab", tangent.right, step.q)
+    q = step.q - linalg.contract("mca,mab->mcb", tangent.right, inside)
+    keep = tangent.active[:, None, :]
+    return Step(jnp.where(keep, step.p, 0), jnp.where(keep, q, 0))
+
+
+def normal_operator(tangent: Tangent, step: Step) -> Step:
+    """Gauss-Newton matrix times a tangent vector, the base eliminated."""
+    moved = to_matrices(tangent, step)
+    weighted = tangent.weight * moved
+    mean = linalg.sum_models(weighted) / tangent.total
+    return to_tangent(tangent, weighted - tangent.weight * mean)
+
+
+def _preconditioner(tangent: Tangent) -> Step:
+    """Inverse diagonal blocks, as one number a row and one a column."""
+    free = tangent.weight * (1 - tangent.weight / tangent.total)
+    tiny = jnp.finfo(free.dtype).tiny
+    rows = jnp.maximum(jnp.mean(free, axis=2), tiny)
+    cols = jnp.maximum(jnp.mean(free, axis=1), tiny)
+    return Step(1 / rows[:, :, None], 1 / cols[:, :, None])
+
+
+def dot(a: Step, b: Step) -> Array:
+    """Inner product of two tangent vectors."""
+    return jnp.sum(a.p * b.p) + jnp.sum(a.q * b.q)
+
+
+def axpy(x: Step, scale: Array, y: Step) -> Step:
+    """``x + scale * y``."""
+    return Step(x.p + scale * y.p, x.q + scale * y.q)
+
+
+def conjugate_gradients(
+    tangent: Tangent, gradient: Step, goal: Float[Array, ""], max_steps: int
+) -> tuple[Step, Int[Array, ""], Float[Array, ""]]:
+    """Solves ``normal_operator(z) = gradient`` until the squared residual is below ``goal``.
+
+    Args:
+      tangent: the tangent spaces.
+      gradient: the right-hand side.
+      goal: square of the preconditioned residual to stop at.
+      max_steps: steps at the latest.
+
+    Returns:
+      z, the number of steps, and the squared preconditioned residual.
+    """
+    scale = _preconditioner(tangent)
+    tiny = jnp.finfo(gradient.p.dtype).tiny
+
+    def precondition(step: Step) -> Step:
+        return project(tangent, Step(step.p * scale.p, step.q * scale.q))
+
+    def going(carry: tuple) -> Array:
+        *_, size, count = carry
+        return (count < max_steps) & (size > goal)
+
+    def advance(carry: tuple) -> tuple:
+        z, residual, direction, size, count = carry
+        image = normal_operator(tangent, direction)
+        length = size / jnp.maximum(dot(direction, image), tiny)
+        z = axpy(z, length, direction)
+        residual = axpy(residual, -length, image)
+        scaled = precondition(residual)
+        after = dot(residual, scaled)
+        direction = axpy(scaled, after / jnp.maximum(size, tiny), direction)
+        return z, residual, direction, after, count + 1
+
+    first = precondition(gradient)
+    size = dot(gradient, first)
+    zero = jax.tree.map(jnp.zeros_like, gradient)
+    start = (zero, gradient, first, size, jnp.zeros_like(size, dtype=jnp.int32))
+    z, _, _, size, count = jax.lax.while_loop(going, advance, start)
+    return z, count, size
+
+
+def preconditioned_square(tangent: Tangent, gradient: Step) -> Float[Array, ""]:
+    """Squared norm of a gradient in the metric of the preconditioner."""
+    scale = _preconditioner(tangent)
+    return dot(gradient, project(tangent, Step(gradient.p * scale.p, gradient.q * scale.q)))
+
+
+def tangent_spaces(
+    left: Float[Array, "model row rank"],
+    right: Float[Array, "model rank col"],
+    active: Bool[Array, "model rank"],
+) -> tuple[Array, Array, Array]:
+    """Orthonormal bases U, V of whitened updates and their cores: ``left @ right = U X V^T``."""
+
+    def one(left: Array, right: Array, active: Array) -> tuple[Array, Array, Array]:
+        u = linalg.orthonormalize_leading(left, active)
+        v = linalg.orthonormalize_leading(right.T, active)
+        return u, v, linalg.matmul(linalg.matmul(u.T, left), linalg.matmul(right, v))
+
+    return jax.vmap(one)(left, right, active)
+
+
+def retract(
+    u: Float[Array, "row rank"],
+    core: Float[Array, "rank rank"],
+    v: Float[Array, "col rank"],
+    p: Float[Array, "row rank"],
+    q: Float[Array, "col rank"],
+) -> tuple[Float[Array, "row rank"], Float[Array, "rank col"]]:
+    r"""Nearest update of the same rank to :math:`U X V^T + P V^T + U Q^T`, as factors."""
+    rank = core.shape[0]
+    left = jnp.concatenate([linalg.matmul(u, core) + p, u], axis=1)
+    right = jnp.concatenate([v, q], axis=1)
+    q_left, q_right = linalg.qr_basis(left), linalg.qr_basis(right)
+    inner = linalg.matmul(linalg.matmul(q_left.T, left), linalg.matmul(right.T, q_right))
+    short = [2 * rank - side for side in inner.shape]
+    turn_left, values, turn_right = linalg.svd_square(jnp.pad(inner, [(0, k) for k in short]))
+    turn_left, turn_right = turn_left[: inner.shape[0]], turn_right[: inner.shape[1]]
+    root = jnp.sqrt(values[:rank])
+    b = linalg.matmul(q_left, turn_left[:, :rank]) * root
+    return b, (linalg.matmul(q_right, turn_right[:, :rank]) * root).T
