@@ -27,7 +27,6 @@ from jdetune.solvers.intersection import Scales
 from jdetune.solvers.tangent import (
     Tangent,
     conjugate_gradients,
-    preconditioned_square,
     retract,
     tangent_spaces,
     to_tangent,
@@ -136,14 +135,13 @@ def refine(
         gradient = to_tangent(tangent, weight * (error / size).astype(work))
         unit = jnp.maximum(freedom, 1) * mean / jnp.square(size)
         goal = (options.tolerance**2 * unit).astype(work)
-        z, count, _ = conjugate_gradients(tangent, gradient, goal, options.max_steps)
-        first = preconditioned_square(tangent, gradient).astype(dtype)
+        z, count, first = conjugate_gradients(tangent, gradient, goal, options.max_steps)
         b, a = jax.vmap(retract)(u, core, v, z.p.astype(dtype) * size, z.q.astype(dtype) * size)
         return Refined(
             left=jnp.where(active[:, None, :], b * rows, 0),
             right=jnp.where(active[:, :, None], a * cols, 0),
             steps=carry.steps + count,
-            reached=jnp.sqrt(first / unit),
+            reached=jnp.sqrt(first.astype(dtype) / unit),
             rounds=carry.rounds + 1,
         )
 

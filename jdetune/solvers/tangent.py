@@ -100,7 +100,7 @@ def conjugate_gradients(
       max_steps: steps at the latest.
 
     Returns:
-      z, the number of steps, and the squared preconditioned residual.
+      z, the number of steps, and the square of the preconditioned gradient at the start.
     """
     scale = _preconditioner(tangent)
     tiny = jnp.finfo(gradient.p.dtype).tiny
@@ -124,17 +124,11 @@ def conjugate_gradients(
         return z, residual, direction, after, count + 1
 
     first = precondition(gradient)
-    size = dot(gradient, first)
+    square = dot(gradient, first)
     zero = jax.tree.map(jnp.zeros_like, gradient)
-    start = (zero, gradient, first, size, jnp.zeros_like(size, dtype=jnp.int32))
-    z, _, _, size, count = jax.lax.while_loop(going, advance, start)
-    return z, count, size
-
-
-def preconditioned_square(tangent: Tangent, gradient: Step) -> Float[Array, ""]:
-    """Squared norm of a gradient in the metric of the preconditioner."""
-    scale = _preconditioner(tangent)
-    return dot(gradient, project(tangent, Step(gradient.p * scale.p, gradient.q * scale.q)))
+    start = (zero, gradient, first, square, jnp.zeros_like(square, dtype=jnp.int32))
+    z, _, _, _, count = jax.lax.while_loop(going, advance, start)
+    return z, count, square
 
 
 def tangent_spaces(
