@@ -11,13 +11,16 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jdetune import linalg
+from jdetune import certificate, exact, linalg
 from jdetune.factors import balanced_factors
+from jdetune.noise import Merged, as_merged
 from jdetune.ranks import plan_pairs
 from jdetune.solvers import intersection, likelihood, spectral
 from jdetune.solvers.intersection import PairFactors, Scales, SubspaceIntersection
 from jdetune.solvers.spectral import SpectralDeTuning
+from jdetune.stack import storage_dtypes
 from jdetune.status import Status
+from jdetune.types import STORAGE_DTYPES
 
 #: First sketch width; it doubles while a pair's rank comes within ``HEADROOM`` of it.
 FIRST_WIDTH = 48
@@ -32,6 +35,28 @@ RESIDUAL_LIMIT = {"float64": 2.0, "float32": 10.0}
 UNREFINED_RESIDUAL_LIMIT = 30.0
 #: An iteration has converged if its residual is below this many times the rounding error.
 CONVERGED_RATIO = {"float64": 2.0, "float32": 4.0}
+#: A predicted error above this share of the mean of the models' says that solving did not help.
+NO_BETTER = 0.9
+#: Figures of a solution that become its ``stats``.
+CLOSED_FORM = (
+    "residual_ratio",
+    "tail_ratio",
+    "rank_gap",
+    "shared_margin",
+    "conditioning",
+    "detection_floor",
+    "ranks",
+)
+CERTIFIED = (
+    "iterations",
+    "amplification",
+    "expected_error",
+    "mean_error",
+    "exact_fraction",
+    "ambiguous_fraction",
+    "rounds",
+    "slack",
+)
 #: Merged weights that the iterative solver works on at a time, in bytes of float32.
 ITERATED_BYTES = 2**29
 
@@ -45,6 +70,7 @@ class LayerResult(NamedTuple):
     ranks: np.ndarray
     status: Status
     stats: dict[str, float | np.ndarray]
+    certain: np.ndarray | None = None
 
 
 def failed(stack: np.ndarray | Array, status: Status) -> LayerResult:
@@ -62,7 +88,7 @@ def failed(stack: np.ndarray | Array, status: Status) -> LayerResult:
 
 @functools.partial(jax.jit, static_argnames=("width", "dtype", "batch_size"))
 def _factor(
-    weights: Float[Array, "layer model row col"], width: int, dtype: jnp.dtype, batch_size: int
+    weights: Merged, width: int, dtype: jnp.dtype, batch_size: int
 ) -> tuple[PairFactors, Scales]:
     run = functools.partial(
         intersection.factor_pairs, width=width, dtype=dtype, batch_size=batch_size
@@ -70,39 +96,91 @@ def _factor(
     return jax.vmap(run)(weights)
 
 
-@functools.partial(jax.jit, static_argnames=("max_rank", "polish"))
+@functools.partial(jax.jit, static_argnames=("max_rank", "solver", "finest"))
 def _intersect(
-    weights: Float[Array, "layer model row col"],
+    weights: Merged,
     factors: PairFactors,
     scales: Scales,
     max_rank: int,
-    polish: bool,
+    solver: SubspaceIntersection,
+    finest: str,
 ) -> dict[str, Array]:
-    def one(weights: Array, factors: PairFactors, scales: Scales) -> dict[str, Array]:
-        found = intersection.intersect(weights, factors, scales, max_rank)
-        if polish:
-            left = linalg.matmul(found.left, found.core)
-            right = jnp.swapaxes(found.right, 1, 2)
-            likely = likelihood.most_likely(weights, left, right, found.ranks, scales)
-            base, left, right, ratio, steps = likely
+    def one(weights: Merged, factors: PairFactors, scales: Scales) -> dict[str, Array]:
+        found = intersection.intersect(weights, factors, scales, max_rank, solver.rank)
+        left, right = linalg.matmul(found.left, found.core), jnp.swapaxes(found.right, 1, 2)
+        fields = {name: getattr(found, name) for name in (*CLOSED_FORM, "agree", "shared")}
+        if not solver.polish:
+            base = found.base.astype(finest)
+            return {**fields, "base": base, **_balanced(left, right, found.ranks)}
+        rule = solver.rounding
+        likely, base, variance, ratio = likelihood.most_likely(
+            weights,
+            left,
+            right,
+            found.ranks,
+            scales,
+            rounding=rule,
+            conditioning=found.conditioning,
+        )
+        if solver.base_dtype == "auto":
+            amplification = None
+            if finest != "float32":
+                active = jnp.arange(max_rank, dtype=jnp.int32) < found.ranks[:, None]
+                nothing = jnp.zeros(base.shape, bool)
+                amplification = certificate.spread(
+                    weights,
+                    likely.left,
+                    likely.right,
+                    active,
+                    scales,
+                    nothing,
+                    rule,
+                    found.conditioning,
+                ).amplification.astype(base.dtype)
+            grid = exact.find_grid(base, variance, finest, amplification, ratio)
         else:
-            left, right = balanced_factors(found.left, found.core, found.right, found.ranks)
-            base, ratio, steps = found.base, found.residual_ratio, jnp.zeros_like(found.ranks[0])
+            grid = jnp.int32(STORAGE_DTYPES.index(solver.base_dtype))
+        grids = [exact.grid(name) for name in STORAGE_DTYPES]
+        on = jax.tree.map(lambda *parts: jnp.stack(parts)[grid], *grids)
+        final = exact.resolve(
+            weights,
+            likely.left,
+            likely.right,
+            found.ranks,
+            scales,
+            on,
+            ratio,
+            rule,
+            found.conditioning,
+        )
+        snapped = final.snapped
+        certain = snapped.wrong < exact.certain_below(final.amplification)
         return {
-            "base": base.astype(weights.dtype),
-            "left": left.astype(jnp.float32),
-            "right": right.astype(jnp.float32),
-            "ranks": found.ranks,
-            "agree": found.agree,
-            "shared": found.shared,
-            "residual_ratio": ratio.astype(jnp.float32),
-            "iterations": steps,
-            "tail_ratio": found.tail_ratio.astype(jnp.float32),
-            "shared_margin": found.shared_margin.astype(jnp.float32),
-            "rank_gap": found.rank_gap.astype(jnp.float32),
+            **fields,
+            **_balanced(final.left, final.right, found.ranks),
+            "base": snapped.base.astype(jnp.float32),
+            "grid": grid,
+            "certain": certain,
+            "residual_ratio": ratio,
+            "iterations": likely.steps + final.steps,
+            "rounds": likely.rounds + final.rounds,
+            "amplification": final.amplification,
+            "slack": jnp.max(final.slack),
+            "expected_error": jnp.mean(snapped.error),
+            "mean_error": snapped.mean_error,
+            "exact_fraction": 1 - jnp.mean(snapped.wrong, dtype=base.dtype),
+            "ambiguous_fraction": 1 - jnp.mean(certain, dtype=base.dtype),
         }
 
     return jax.vmap(one)(weights, factors, scales)
+
+
+def _balanced(left: Array, right: Array, ranks: Array) -> dict[str, Array]:
+    """Factors in the form that ``Adapters`` promises, float32."""
+    eye = jnp.eye(left.shape[2], dtype=left.dtype)
+    eye = jnp.broadcast_to(eye, (left.shape[0], *eye.shape))
+    b, a = balanced_factors(left, eye, jnp.swapaxes(right, 1, 2), ranks)
+    return {"left": b.astype(jnp.float32), "right": a.astype(jnp.float32)}
 
 
 def _chunks(count: int, size: int) -> Iterator[list[int]]:
@@ -113,41 +191,52 @@ def _chunks(count: int, size: int) -> Iterator[list[int]]:
 
 
 def intersect_group(
-    layers: Sequence[np.ndarray | Array], solver: SubspaceIntersection
+    layers: Sequence[np.ndarray | Array],
+    solver: SubspaceIntersection,
+    storage: Sequence[str] | None = None,
 ) -> Iterator[LayerResult]:
     """Closed form for finite same-shaped layers of three models or more, in order.
 
     Args:
       layers: [model, row, col] each, one shape and dtype.
       solver: hyperparameters.
+      storage: dtype that each model was rounded to; found from the first layer if None.
 
     Yields:
       One result a layer.
     """
     dtype = linalg.resolve_dtype(solver.precision)
-    plan = plan_pairs(layers[0].shape[0])
+    n_models = layers[0].shape[0]
+    names = list(storage or storage_dtypes(layers[0]))
+    finest = min(names, key=STORAGE_DTYPES.index)
+    plan = plan_pairs(n_models)
     on_cpu = jax.default_backend() == "cpu"
     size = 1 if on_cpu else min(ACCELERATOR_LAYERS, len(layers))
     batch_size = 1 if on_cpu else len(plan.first)
     smaller = min(layers[0].shape[1:])
     width = min(FIRST_WIDTH, smaller)
     for chunk in _chunks(len(layers), size):
-        weights = jnp.stack([jnp.asarray(layers[index]) for index in chunk])
+        stack = jnp.stack([jnp.asarray(layers[index]) for index in chunk])
+        grids = as_merged(stack[0], names)
+        weights = Merged(stack, *(np.tile(part, (size, 1)) for part in grids[1:]))
         start = width
         with linalg.scope(dtype):
             while True:
                 factors, scales = _factor(weights, width, dtype, batch_size)
                 pair_ranks = np.asarray(factors.ranks)
-                if width == smaller or pair_ranks.max() + HEADROOM <= width:
+                needed = pair_ranks.max() if solver.rank is None else 2 * solver.rank
+                if width == smaller or needed + HEADROOM <= width:
                     break
                 width = min(2 * width, smaller)
+            if solver.rank is not None:
+                pair_ranks = np.full_like(pair_ranks, 2 * solver.rank)
             triples = pair_ranks[:, plan.triples]
             verdicts = [_feasible(ranks, smaller) for ranks in triples]
             fits = [verdict is Status.OK for verdict in verdicts]
             solved = {}
             if any(fits):
                 max_rank = _rank_axis(triples[fits], width)
-                found = _intersect(weights, factors, scales, max_rank, solver.polish)
+                found = _intersect(weights, factors, scales, max_rank, solver, finest)
                 solved = {name: np.asarray(value) for name, value in found.items()}
         if not all(fits):
             width = start
@@ -242,8 +331,10 @@ def iterate_group(
 def _finish(
     stack: np.ndarray | Array, found: Mapping[str, Any], dtype: jnp.dtype, polish: bool
 ) -> LayerResult:
-    figures = ("residual_ratio", "tail_ratio", "rank_gap", "shared_margin", "iterations")
-    stats: dict[str, float | np.ndarray] = {name: float(found[name]) for name in figures}
+    names = [*CLOSED_FORM, *(CERTIFIED if polish else ())]
+    stats: dict[str, float | np.ndarray] = {
+        name: float(found[name]) for name in names if name != "ranks"
+    }
     if not float(found["tail_ratio"]) < TAIL_LIMIT[str(dtype)]:
         return failed(stack, Status.NOT_LOW_RANK)._replace(stats=stats)
     limit = RESIDUAL_LIMIT[str(dtype)] if polish else UNREFINED_RESIDUAL_LIMIT
@@ -251,14 +342,18 @@ def _finish(
     if not found["agree"] or found["shared"] or not explained:
         return failed(stack, Status.SHARED_DIRECTIONS)._replace(stats=stats)
     status = Status.OK
-    if not found["ranks"].any() and bool((stack != stack[:1]).any()):
+    if not polish:
+        if not found["ranks"].any() and bool((stack != stack[:1]).any()):
+            status = Status.NOISE_DOMINATED
+    elif stats["expected_error"] > NO_BETTER * stats["mean_error"] > 0:
         status = Status.NOISE_DOMINATED
     rank = max(int(found["ranks"].max()), 1)
     return LayerResult(
-        base=found["base"],
+        base=found["base"].astype(STORAGE_DTYPES[found["grid"]]) if polish else found["base"],
         left=found["left"][:, :, :rank],
         right=found["right"][:, :rank],
         ranks=found["ranks"],
         status=status,
         stats=stats,
+        certain=found.get("certain"),
     )

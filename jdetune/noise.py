@@ -5,6 +5,9 @@ uniform on half a unit in the last place either side: variance :math:`\mathrm{ul
 Nothing here is tuned; the noise is known from the data.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +15,59 @@ from jax import Array
 from jaxtyping import Float
 
 from jdetune import linalg
+from jdetune.types import Array as AnyArray
 
 #: Safety factor on the spectral edge: finite matrices leave the asymptotic edge by a few percent.
 EDGE_MARGIN = 1.1
 
 
-def ulp(weights: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+#: Roundings of the update itself before it is added, by the merge's rule (R0 and R1: none).
+ROUNDINGS = {"R0": 0, "R1": 0, "R2": 1, "R3": 2}
+#: A fit never weighs an element above this many times what is usual in its row and column: a few
+#: elements near zero would else decide everything, and conjugate gradients would not converge.
+FIT_FLOOR = 1e-3
+
+
+class Merged(NamedTuple):
+    """Merged weights of one layer, with the grid that each model was rounded to.
+
+    Attributes:
+      values: weights as stored.
+      eps: spacing of each model's storage dtype just above one.
+      smallest: smallest normal number of each model's storage dtype.
+    """
+
+    values: Float[AnyArray, "model row col"]
+    eps: Float[AnyArray, " model"]
+    smallest: Float[AnyArray, " model"]
+
+
+#: Merged weights whose own dtype is the grid, or with the grid of every model.
+Weights: TypeAlias = Float[AnyArray, "model row col"] | Merged
+
+
+def as_merged(weights: Weights, storage: Sequence[str] | None = None) -> Merged:
+    """Merged weights with their grids: those of ``storage``, a dtype's name a model, or their own.
+
+    Example:
+      >>> import numpy as np
+      >>> as_merged(np.ones((2, 1, 1), np.float32), ["bfloat16", "float32"]).eps.tolist()
+      [0.0078125, 1.1920928955078125e-07]
+    """
+    if isinstance(weights, Merged):
+        return weights
+    names = [str(weights.dtype)] * weights.shape[0] if storage is None else list(storage)
+    infos = [jnp.finfo(jnp.dtype(name)) for name in names]
+    eps = np.array([info.eps for info in infos], np.float32)
+    smallest = np.array([info.smallest_normal for info in infos], np.float32)
+    return Merged(weights, eps, smallest)
+
+
+def ulp(
+    weights: Float[Array, "*shape"],
+    eps: Float[AnyArray, ""] | None = None,
+    smallest: Float[AnyArray, ""] | None = None,
+) -> Float[Array, "*shape"]:
     r"""Unit in the last place of every stored element, as float32.
 
     :math:`\mathrm{ulp}(x) = 2^{\max(\lfloor\log_2|x|\rfloor,\; e_{\min})}\,\epsilon`, with the
@@ -25,10 +75,12 @@ def ulp(weights: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     Args:
       weights: stored values, float32, float16 or bfloat16, any shape.
+      eps: spacing of the grid just above one; that of the array's dtype if None.
+      smallest: smallest normal number of the grid; that of the array's dtype if None.
 
     Returns:
-      Spacing of the dtype's grid at each element, same shape, float32. Float32 values below
-      about 1e-31 have a spacing that float32 itself flushes to zero.
+      Spacing of the grid at each element, same shape, float32. Float32 values below about 1e-31
+      have a spacing that float32 itself flushes to zero.
 
     Example:
       >>> import jax.numpy as jnp
@@ -36,9 +88,15 @@ def ulp(weights: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
       [7.812500e-03 1.562500e-02 9.183550e-41]
     """
     info = jnp.finfo(weights.dtype)
+    least = jnp.float32(info.smallest_normal) if smallest is None else smallest
     magnitude = jnp.abs(weights.astype(jnp.float32))
-    _, exponent = jnp.frexp(jnp.maximum(magnitude, jnp.float32(info.smallest_normal)))
-    return jnp.ldexp(jnp.float32(info.eps), exponent - 1)
+    _, exponent = jnp.frexp(jnp.maximum(magnitude, least))
+    return jnp.ldexp(jnp.float32(info.eps) if eps is None else eps, exponent - 1)
+
+
+def spacing(models: Merged) -> Float[Array, "model row col"]:
+    """``ulp`` of every model's weights on its own grid."""
+    return jax.vmap(ulp)(*(jnp.asarray(part) for part in models))
 
 
 def pair_edge(
@@ -73,31 +131,56 @@ def sigma(weights: np.ndarray) -> float:
 
 
 def merge_variance(
-    weights: Float[Array, "model row col"],
+    weights: Weights,
     left: Float[Array, "model row rank"],
     right: Float[Array, "model rank col"],
+    rounding: str = "R1",
 ) -> Float[Array, "model row col"]:
-    r"""Variance of each merged weight's error: rounding to storage, and float32 arithmetic.
+    r"""Variance of each merged weight's error: rounding to storage, and the merge's arithmetic.
 
-    :math:`\mathrm{ulp}(W')^2 / 12 + 2^{-48} r\,(B \circ B)(A \circ A) / 12`. The second term is the
-    random walk of a float32 sum of r products; without it, elements near zero, whose own spacing is
-    tiny, would count a million times too much.
+    :math:`\frac{1}{12}\left(\mathrm{ulp}(W')^2 + k\,\mathrm{ulp}(M)^2 + 2^{-48}\,r\,
+    (0.72\,M^2 + 0.36\,q)\right)`. The last term is the float32 sum of r products that makes M: its
+    partial sums are a random walk that ends at M, with steps of mean square :math:`q / r`, where
+    :math:`q_{xy} = |M V|_x^2 |V|_y^2 / r` does not depend on how M is factored. Without it,
+    elements near zero, whose own spacing is tiny, would count a million times too much. k roundings
+    of M itself belong to the rules R2 and R3.
 
     Args:
       weights: merged weights as stored.
       left: B of each update.
       right: A of each update.
+      rounding: rule of the merge, R0 to R3.
 
     Returns:
       Variances, in the dtype of the factors; never zero.
     """
+    models = as_merged(weights)
     dtype = left.dtype
-    rank = left.shape[2]
+    again = ROUNDINGS[rounding]
 
-    def one(operands: tuple[Array, Array, Array]) -> Array:
-        stored, b, a = operands
-        products = linalg.matmul(jnp.square(b), jnp.square(a))
-        return (jnp.square(ulp(stored).astype(dtype)) + 2.0**-48 * rank * products) / 12
+    def one(operands: tuple[Array, ...]) -> Array:
+        stored, eps, smallest, b, a = operands
+        gram = linalg.matmul(a, a.T)
+        inverse = linalg.inverse_psd(gram)
+        rank = jnp.maximum(jnp.sum(inverse * gram), 1)
+        rows = jnp.sum(linalg.matmul(b, gram) * b, axis=1)
+        cols = jnp.sum(linalg.matmul(inverse, a) * a, axis=0)
+        update = linalg.matmul(b, a)
+        walk = 0.72 * rank * jnp.square(update) + 0.36 * rows[:, None] * cols
+        total = jnp.square(ulp(stored, eps, smallest).astype(dtype)) + 2.0**-48 * walk
+        if again:
+            own = ulp(update.astype(jnp.float32), eps, smallest).astype(dtype)
+            total = total + again * jnp.square(own)
+        return total / 12
 
-    variance = jax.lax.map(one, (weights, left, right))
+    parts = (*(jnp.asarray(part) for part in models), left, right)
+    variance = jax.lax.map(one, parts)
     return jnp.maximum(variance, jnp.mean(variance) * 1e-12 + jnp.finfo(dtype).tiny)
+
+
+def fit_variance(variance: Float[Array, "model row col"]) -> Float[Array, "model row col"]:
+    """Variances that a fit weighs by: not below a thousandth of their row's and column's usual."""
+    rows = jnp.mean(variance, axis=(0, 2))
+    cols = jnp.mean(variance, axis=(0, 1))
+    usual = rows[:, None] * cols / jnp.mean(variance)
+    return jnp.maximum(variance, FIT_FLOOR * usual)

@@ -3,48 +3,32 @@
 import dataclasses
 import datetime
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jdetune import outfolder, report
-from jdetune.checkpoint.adapter_reader import merge_peft
 from jdetune.checkpoint.adapters import write_adapter
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
-from jdetune.checkpoint.manifest import Plan, TensorPlan, make_plan, read_stack, select
+from jdetune.checkpoint.manifest import Plan, make_plan, select
 from jdetune.checkpoint.reader import raw_bytes, read_tensor
 from jdetune.checkpoint.stacks import factors_of
 from jdetune.checkpoint.writer import save_json, save_like
 from jdetune.errors import InputError
 from jdetune.report import TensorResult
-from jdetune.result import Recovery
+from jdetune.solving import (
+    Options,
+    Progress,
+    RecoverFn,
+    default_recover,
+    left_out_of,
+    solve_one_base,
+)
 from jdetune.status import Status
 
-#: Called with a stage's name, what is done and what there is to do.
-Progress = Callable[[str, int, int], None]
-#: ``jdetune.recover`` for a mapping of names.
-RecoverFn = Callable[..., Mapping[str, Recovery]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How to run.
-
-    Attributes:
-      solver: a solver of ``jdetune.solvers``; None for the default.
-      include: regular expression; only matching matrices are recovered.
-      exclude: regular expression; matching matrices are left out.
-      overwrite: replace a former output.
-      command: what to name in the report as the command.
-    """
-
-    solver: Any = None
-    include: str | None = None
-    exclude: str | None = None
-    overwrite: bool = False
-    command: str = "jdetune.pipeline.run"
+__all__ = ["Options", "check_out", "default_recover", "open_models", "plan_models", "run"]
 
 
 def open_models(models: Sequence[str | Path]) -> list[Checkpoint]:
@@ -114,7 +98,7 @@ def run(
     check_out(out, checkpoints, options)
     plan = plan_models(checkpoints, options, progress)
     stage = outfolder.start_stage(out)  # finds out whether OUT can be written before the work
-    results = solve(plan, options, progress, recover_fn)
+    plan, results, repairs = solve_one_base(plan, options, progress, recover_fn)
     results, base = _write(plan, results, stage, progress)
     head = report.top_level(
         command=options.command,
@@ -125,50 +109,15 @@ def run(
     )
     content = {
         **head,
-        "inputs": report.input_entries(checkpoints, [c.name for c in checkpoints], plan, results),
+        "inputs": _input_entries(checkpoints, plan, results),
         "base": base,
         "summary": report.summary(results, base is not None),
-        "warnings": _warnings(plan, base is not None),
-        "tensors": [report.tensor_entry(result) for result in results],
+        "warnings": [*repairs, *_warnings(plan, base is not None)],
+        "tensors": [_tensor_entry(plan, result) for result in results],
     }
     save_json(stage / "report.json", content)
     outfolder.place(out, stage)
     return content
-
-
-def solve(
-    plan: Plan,
-    options: Options,
-    progress: Progress | None = None,
-    recover_fn: RecoverFn | None = None,
-) -> list[TensorResult]:
-    """Recovers the planned matrices, one group in memory at a time."""
-    recover = recover_fn or default_recover
-    solved: dict[str, TensorResult] = {}
-    planned = {tensor.name: tensor for tensor in plan.tensors}
-    total = sum(len(group) for group in plan.groups)
-    seen = [plan.checkpoints[i] for i in plan.solved]
-    rows = [plan.solved.index(i) for i in plan.alike]
-    for group in plan.groups:
-        before = len(solved)
-        clock = time.monotonic()
-        stacks = {name: read_stack(seen, name) for name in group}
-
-        def step(done: int, _: int, before: int = before) -> None:
-            if progress is not None:
-                progress("recover", before + done, total)
-
-        try:
-            found = recover(stacks, solver=options.solver, progress=step)
-        except ValueError as error:
-            raise InputError(f"{group[0]} ({len(group)} of its shape): {error}") from error
-        seconds = (time.monotonic() - clock) / len(group)
-        for name in group:
-            host = _of_all_models(_to_host(found[name]), rows)
-            solved[name] = _result(planned[name], host, stacks[name][rows], options, seconds)
-        if progress is not None:
-            progress("recover", len(solved), total)
-    return [solved.get(t.name) or _copied(t) for t in plan.tensors]
 
 
 def device_name() -> str:
@@ -187,68 +136,10 @@ def version() -> str:
     return __version__
 
 
-def default_recover(stacks: Mapping[str, np.ndarray], **options: Any) -> Mapping[str, Recovery]:
-    """``jdetune.recover`` for models known to be distinct, imported when it is needed."""
-    from jdetune.recovery import recover
-
-    # duplicates are known from whole checkpoints; equal in one group only, models are rank 0 there
-    return recover(stacks, drop_duplicates=False, **options)
-
-
-def _to_host(found: Recovery) -> Recovery:
-    import jax
-
-    return jax.tree.map(np.asarray, found)
-
-
-def _of_all_models(found: Recovery, rows: Sequence[int]) -> Recovery:
-    """Ranks and factors for every model, from those of the models that the solver saw."""
-    left, right = found.adapters.left[list(rows)], found.adapters.right[list(rows)]
-    factors = dataclasses.replace(found.adapters, left=left, right=right)
-    return dataclasses.replace(found, ranks=found.ranks[list(rows)], adapters=factors)
-
-
 def _near_twins(plan: Plan) -> list[tuple[str, str]]:
     """Models that equal another in every matrix, but not in every tensor."""
     names = [c.name for c in plan.checkpoints]
     return [(names[i], names[twin]) for i, twin in enumerate(plan.alike) if i != twin]
-
-
-def _result(
-    plan: TensorPlan, found: Recovery, stack: np.ndarray, options: Options, seconds: float
-) -> TensorResult:
-    code = Status(int(found.status))
-    return TensorResult(
-        plan=plan,
-        status="recovered" if code.has_base else "failed",
-        recovery=found,
-        method="SubspaceIntersection" if options.solver is None else type(options.solver).__name__,
-        remerge_match=_remerge_match(found, stack) if code.has_base else None,
-        seconds=seconds,
-        reason=None if code is Status.OK else code.message,
-        base_dtype=str(np.asarray(found.base).dtype) if code.has_base else None,
-    )
-
-
-def _remerge_match(found: Recovery, stack: np.ndarray) -> tuple[float, ...]:
-    """Share of elements a model where merging base and factors gives the stored value."""
-    matches = []
-    for i, merged in enumerate(stack):
-        left, right = factors_of({"": found}, i)[""]
-        again = merge_peft(np.asarray(found.base), left, right).astype(merged.dtype)
-        matches.append(float(np.mean(raw_bits(again) == raw_bits(merged))))
-    return tuple(matches)
-
-
-def raw_bits(array: np.ndarray) -> np.ndarray:
-    """The elements as integers of their own width."""
-    return raw_bytes(array).view(f"u{array.dtype.itemsize}")
-
-
-def _copied(plan: TensorPlan) -> TensorResult:
-    status = plan.action
-    dtype = plan.dtype if plan.source is not None else None
-    return TensorResult(plan=plan, status=status, base_dtype=dtype)
 
 
 def _write(
@@ -275,7 +166,8 @@ def _write(
             progress("write", i + 1, total)
         folder = stage / "adapters" / checkpoint.name
         own, unfit = _own_copies(plan, checkpoint)
-        written = write_adapter(folder, factors_of(found, i), checkpoint, per_model + own)
+        whole = per_model + own + left_out_of(results, i)
+        written = write_adapter(folder, factors_of(found, i), checkpoint, whole)
         left_out.update(written.left_out, unfit)
     if progress is not None:
         progress("write", total, total)
@@ -321,6 +213,27 @@ def _note_left_out(result: TensorResult, left_out: set[str]) -> TensorResult:
         return result
     note = "an adapter leaves it out: PEFT holds weights of modules only, in the base's shapes"
     return dataclasses.replace(result, reason="; ".join(filter(None, [result.reason, note])))
+
+
+def _input_entries(
+    checkpoints: Sequence[Checkpoint], plan: Plan, results: Sequence[TensorResult]
+) -> list[dict[str, Any]]:
+    """Entries of ``inputs``; ``left_out`` says why, and no rank is given where there is none."""
+    reasons, places = dict(plan.left_out), {c.name: i for i, c in enumerate(plan.checkpoints)}
+    entries = report.input_entries(checkpoints, [c.name for c in checkpoints], plan, results)
+    for entry in entries:
+        entry["left_out"] = reasons.get(entry["name"])
+        if entry["ranks"] is not None:
+            without = left_out_of(results, places[entry["name"]], damaged=True)
+            entry["ranks"] = {n: r for n, r in entry["ranks"].items() if n not in without}
+    return entries
+
+
+def _tensor_entry(plan: Plan, result: TensorResult) -> dict[str, Any]:
+    """An entry of ``tensors``; ``left_out`` names the models that have no update in it."""
+    models = enumerate(plan.checkpoints)
+    names = [c.name for i, c in models if left_out_of([result], i, damaged=True)]
+    return {**report.tensor_entry(result), "left_out": names}
 
 
 def _warnings(plan: Plan, written: bool) -> list[str]:

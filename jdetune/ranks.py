@@ -7,10 +7,15 @@ updates share directions; it is reported, never rounded away.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
+
+#: Factors on the noise edge that are tried until all triples agree: a weak direction may stand out
+#: in one difference and not in another.
+EDGE_FACTORS = tuple(1.06**step for step in range(25))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,3 +108,34 @@ def model_ranks(
     agree = jnp.all(twice == smallest[:, None]) & jnp.all(smallest % 2 == 0)
     agree &= jnp.all(smallest >= 0)
     return jnp.maximum(smallest // 2, 0), agree
+
+
+def clear_ranks(
+    values: Float[Array, "pair width"], edge: Float[Array, " pair"], plan: PairPlan
+) -> tuple[Int[Array, " pair"], Int[Array, " model"], Bool[Array, ""], Float[Array, " pair"]]:
+    """Ranks at the lowest multiple of the noise edge at which all triples agree.
+
+    Directions between the edge and the multiple are left out of the updates; the residual then
+    shows what that costs, and is judged as always.
+
+    Args:
+      values: singular values of the differences, largest first.
+      edge: largest singular value that rounding alone gives each.
+      plan: the pairs and triples.
+
+    Returns:
+      Ranks of the differences, ranks of the models, whether the triples agree at any multiple
+      (if not, all is as at the edge itself), and the edge used.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> values = jnp.array([[9.0, 8, 1.1], [9.0, 7, 0.9], [9.0, 8, 0.8]])
+      >>> pairs, ranks, agree, edge = clear_ranks(values, jnp.ones(3), plan_pairs(3))
+      >>> ranks.tolist(), bool(agree), edge.round(4).tolist()
+      ([1, 1, 1], True, [1.1236, 1.1236, 1.1236])
+    """
+    factors = jnp.asarray(EDGE_FACTORS, edge.dtype)
+    counts = jnp.sum(values > factors[:, None, None] * edge[:, None], axis=2, dtype=jnp.int32)
+    ranks, agree = jax.vmap(lambda count: model_ranks(count, plan))(counts)
+    first = jnp.argmax(agree)
+    return counts[first], ranks[first], agree[first], factors[first] * edge

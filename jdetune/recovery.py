@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdetune import explain, repair
 from jdetune.errors import RecoveryFailed
 from jdetune.groups import LayerResult, failed, intersect_group, iterate_group
+from jdetune.linalg import resolve_dtype
+from jdetune.metrics import LOG_MSE_FLOOR
 from jdetune.result import Adapters, Recoveries, Recovery
 from jdetune.solvers.intersection import SubspaceIntersection
 from jdetune.solvers.spectral import SpectralDeTuning
@@ -58,6 +61,10 @@ def recover(
     Given :math:`W'_i = \mathrm{round}(W + B_i A_i)` for three models or more, finds W, the ranks
     and the factors; nothing else is needed. Whatever all models have in common is part of W.
 
+    Single models that have another base in a layer, or hold NaN there, are left out of it where
+    three others remain; a ``RepairWarning`` says so, and ``stats["base_group"]`` is not 0 for them
+    (see ``jdetune.repair``).
+
     Args:
       stack: merged weights as stored (float32, float16 or bfloat16; NumPy or JAX):
         [model, row, col], [layer, model, row, col], or a mapping of names to [model, row, col]
@@ -102,8 +109,11 @@ def recover(
         )
     source = [_first_equal(layers, model, kept) for model in range(n_models)]
     results = _solve_all(layers, kept, source, solver, progress)
+    names = [f"model {index}" for index in range(n_models)]
+    for line in explain.repairs(_notes(results, layers, names), len(layers)):
+        warnings.warn(line, explain.RepairWarning, stacklevel=2)
     if throw:
-        _raise_failures({name: result.status for name, result in results.items()})
+        _raise_failures(results, layers, names)
     if isinstance(stack, Mapping):
         return Recoveries(
             {name: _recovery([result], stack[name]).layer(0) for name, result in results.items()}
@@ -127,19 +137,23 @@ def _solve_all(
     progress: Progress | None,
 ) -> dict[str, LayerResult]:
     results: dict[str, LayerResult] = {}
-    narrow = {name: narrowest(stack) for name, stack in layers.items()}
-    for group in group_layers(narrow):
-        stacks = [narrow[name] for name in group.names]
-        for name, result in zip(group.names, _solve_group(stacks, kept, solver), strict=True):
+    for group in group_layers(layers):
+        stacks = [narrowest(layers[name], group.storage) for name in group.names]
+        solved = _solve_group(stacks, kept, solver)
+        for name, result in zip(group.names, solved, strict=True):
             results[name] = result._replace(
-                base=result.base.astype(layers[name].dtype),
                 left=result.left[source],
                 right=result.right[source],
                 ranks=result.ranks[source],
+                stats={**result.stats, "base_group": _groups(result, kept)[source]},
             )
             if progress is not None:
                 progress(len(results), len(layers))
     return {name: results[name] for name in layers}
+
+
+def _groups(result: LayerResult, kept: Sequence[int]) -> np.ndarray:
+    return np.asarray(result.stats.get("base_group", np.zeros(len(kept), np.float32)))
 
 
 def _solve_group(
@@ -147,13 +161,10 @@ def _solve_group(
 ) -> Iterator[LayerResult]:
     distinct = [stack[np.asarray(kept)] for stack in stacks]
     if len(kept) < 3:
-        yield from (failed(stack, Status.TOO_FEW_MODELS) for stack in distinct)
-        return
-    finite = [bool(np.isfinite(np.asarray(stack, np.float32)).all()) for stack in distinct]
-    usable = [stack for stack, good in zip(distinct, finite, strict=True) if good]
-    solved = _run(usable, solver) if usable else iter(())
-    for stack, good in zip(distinct, finite, strict=True):
-        yield next(solved) if good else failed(stack, Status.NON_FINITE)
+        return (failed(stack, Status.TOO_FEW_MODELS) for stack in distinct)
+    closed_form = isinstance(solver, SubspaceIntersection)
+    dtype = resolve_dtype(solver.precision)
+    return repair.solve_group(distinct, lambda some: _run(some, solver), dtype, closed_form)
 
 
 def _run(stacks: Sequence[Array], solver: Solver) -> Iterator[LayerResult]:
@@ -162,11 +173,29 @@ def _run(stacks: Sequence[Array], solver: Solver) -> Iterator[LayerResult]:
     return intersect_group(stacks, solver)
 
 
-def _raise_failures(status: Mapping[str, Status]) -> None:
-    bad = {name: code for name, code in status.items() if code is not Status.OK}
-    if bad:
-        lines = [f"{name}: {code.name}: {code.message}" for name, code in bad.items()]
-        raise RecoveryFailed(f"{len(bad)} of {len(status)} layers failed\n" + "\n".join(lines))
+def _notes(
+    results: Mapping[str, LayerResult], layers: Mapping[str, Array], names: Sequence[str]
+) -> list[explain.Note]:
+    """What was repaired in which layer."""
+    notes = []
+    for name, result in results.items():
+        groups = repair.group_of(result)
+        if result.status.has_base and groups.any():
+            notes += explain.notes_of(name, groups, np.asarray(layers[name]), names)
+    return notes
+
+
+def _raise_failures(
+    results: Mapping[str, LayerResult], layers: Mapping[str, Array], names: Sequence[str]
+) -> None:
+    lines = []
+    for name, result in results.items():
+        if result.status is not Status.OK:
+            groups = repair.group_of(result)
+            why = explain.failure(result.status, groups, np.asarray(layers[name]), names)
+            lines.append(f"{name}: {result.status.name}: {why}")
+    if lines:
+        raise RecoveryFailed(f"{len(lines)} of {len(results)} layers failed\n" + "\n".join(lines))
 
 
 def _recovery(results: Sequence[LayerResult], like: Array) -> Recovery:
@@ -179,9 +208,13 @@ def _recovery(results: Sequence[LayerResult], like: Array) -> Recovery:
         unknown = np.full_like(known, np.nan, np.float32)
         return np.stack([np.asarray(r.stats.get(name, unknown), np.float32) for r in results])
 
+    dtypes = {result.base.dtype for result in results if result.status.has_base}
+    dtype = dtypes.pop() if len(dtypes) == 1 else like.dtype
     unknown = np.full(len(results), np.nan, np.float32)
+    figures = {name: column(name) for name in names}
+    error = figures.pop("expected_error", unknown)
     recovery = Recovery(
-        base=np.stack([result.base for result in results]),
+        base=np.stack([result.base.astype(dtype) for result in results]),
         ranks=np.stack([result.ranks for result in results]),
         adapters=Adapters(
             left=np.stack(
@@ -192,10 +225,13 @@ def _recovery(results: Sequence[LayerResult], like: Array) -> Recovery:
             ),
         ),
         status=np.array([result.status for result in results], np.int32),
-        predicted_error=unknown,
-        exact_fraction=unknown,
-        amplification=unknown,
-        stats={name: column(name) for name in names},
+        predicted_error=np.log10(np.maximum(error, 10.0**LOG_MSE_FLOOR, dtype=np.float64)),
+        exact_fraction=figures.pop("exact_fraction", unknown),
+        amplification=figures.pop("amplification", unknown),
+        certain=np.stack(
+            [np.zeros(r.base.shape, bool) if r.certain is None else r.certain for r in results]
+        ),
+        stats=figures,
     )
     return recovery if isinstance(like, np.ndarray) else jax.tree.map(jnp.asarray, recovery)
 

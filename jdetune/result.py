@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jdetune.status import Status
 from jdetune.types import Array
@@ -37,13 +37,16 @@ class Recovery:
     The layer axis is there only if the stack had one. Numbers that a solver does not know are NaN.
 
     Attributes:
-      base: the base, in the dtype of the stack; NaN where the status has no base.
+      base: the base, in the dtype of its grid (``jdetune.exact``), which is that of the stack or
+        a narrower one; NaN where the status has no base. Layers whose grids differ come in the
+        dtype of the stack.
       ranks: rank of each model's update.
       adapters: the updates as factors.
       status: ``jdetune.Status`` code, 0 is success.
       predicted_error: log10 of the mean squared error expected of ``base`` (no ground truth used).
       exact_fraction: estimated share of elements equal to the base, bit for bit.
       amplification: factor by which rounding noise is amplified.
+      certain: elements of the base for which one grid point is left.
       stats: solver's own figures, each with the layer axis: ``residual_ratio`` (rms of the residual
         over rms of the rounding error, about 1 where the updates explain everything) and others.
     """
@@ -55,6 +58,7 @@ class Recovery:
     predicted_error: Float[Array, "*layer"]
     exact_fraction: Float[Array, "*layer"]
     amplification: Float[Array, "*layer"]
+    certain: Bool[Array, "*layer row col"]
     stats: dict[str, Any]
 
     @property

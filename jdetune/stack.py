@@ -1,7 +1,7 @@
 """Merged weights as stacks: validation, grouping by shape, duplicates."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import ml_dtypes  # noqa: F401 - lets NumPy know bfloat16 by name
@@ -17,12 +17,14 @@ class Group:
     Attributes:
       names: name of each layer, in the order of the input.
       shape: (model, row, col) of each layer.
-      dtype: storage dtype by name.
+      dtype: dtype of the arrays by name.
+      storage: dtype that each model was rounded to.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, int, int]
     dtype: str
+    storage: tuple[str, ...]
 
 
 def check_layer(name: str, stack: Array) -> None:
@@ -83,7 +85,7 @@ def as_mapping(stack: Array | Mapping[str, Array]) -> dict[str, Array]:
 
 
 def group_layers(layers: Mapping[str, Array]) -> list[Group]:
-    """Groups of layers with one shape and dtype, in order of first appearance.
+    """Groups of layers with one shape, dtype and storage, in order of first appearance.
 
     Example:
       >>> import numpy as np
@@ -91,35 +93,45 @@ def group_layers(layers: Mapping[str, Array]) -> list[Group]:
       >>> [group.names for group in group_layers({"q": a, "k": b, "v": a})]
       [('q', 'v'), ('k',)]
     """
-    members: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    members: dict[tuple, list[str]] = {}
     for name, layer in layers.items():
-        members.setdefault((layer.shape, str(layer.dtype)), []).append(name)
+        key = (layer.shape, str(layer.dtype), storage_dtypes(layer))
+        members.setdefault(key, []).append(name)
     return [
-        Group(tuple(names), (shape[0], shape[1], shape[2]), dtype)
-        for (shape, dtype), names in members.items()
+        Group(tuple(names), (shape[0], shape[1], shape[2]), dtype, storage)
+        for (shape, dtype, storage), names in members.items()
     ]
 
 
-def narrowest(stack: Array) -> Array:
-    """The stack in the narrowest dtype that holds it exactly: what it was rounded to.
+def storage_dtypes(stack: Array) -> tuple[str, ...]:
+    """The narrowest dtype that holds each model exactly: what it was rounded to.
 
     Models that were merged in 16 bits and saved in 32 carry the rounding error of 16 bits.
 
     Example:
       >>> import numpy as np
-      >>> str(narrowest(np.ones((3, 2, 2), np.float32)).dtype)
-      'bfloat16'
+      >>> storage_dtypes(np.float32([[[1.0]], [[1.001]]]))
+      ('bfloat16', 'float32')
     """
-    if stack.dtype != np.float32:
-        return stack
-    for name in ("bfloat16", "float16"):
+    return tuple(_narrowest(model) for model in stack)
+
+
+def _narrowest(model: Array) -> str:
+    own = str(model.dtype)
+    for name in STORAGE_DTYPES[: STORAGE_DTYPES.index(own) : -1]:
         with np.errstate(over="ignore"):
-            sample = stack[0, :1]
-            if bool((sample.astype(name).astype(np.float32) == sample).all()):
-                narrow = stack.astype(name)
-                if bool((narrow.astype(np.float32) == stack).all()):
-                    return narrow
-    return stack
+            sample = model[:1]
+            if bool((sample.astype(name).astype(own) == sample).all()) and bool(
+                (model.astype(name).astype(own) == model).all()
+            ):
+                return name
+    return own
+
+
+def narrowest(stack: Array, storage: Sequence[str] | None = None) -> Array:
+    """The stack in the storage dtype of its models, if they have one in common."""
+    found = storage_dtypes(stack) if storage is None else storage
+    return stack.astype(found[0]) if len(set(found)) == 1 else stack
 
 
 def distinct_models(layers: Mapping[str, Array]) -> tuple[int, ...]:

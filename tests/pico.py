@@ -105,5 +105,6 @@ def known(stack: np.ndarray, base: np.ndarray, status: Status = Status.OK) -> Re
         predicted_error=np.array(-99.0, np.float32),
         exact_fraction=np.array(np.nan, np.float32),
         amplification=np.array(np.nan, np.float32),
+        certain=np.zeros(base.shape, bool),
         stats={"residual_ratio": np.array(1.0, np.float32)},
     )

@@ -21,9 +21,9 @@ LAYERS = [
     {"stack", "core", "ranks", "factors"},
     {"solvers"},
     {"exact", "certificate"},
-    {"groups", "recovery", "sharding"},
+    {"groups", "foreign", "damage", "repair", "explain", "recovery", "sharding"},
     {"checkpoint"},
-    {"outfolder", "pipeline", "report", "inspection", "verification"},
+    {"outfolder", "pipeline", "solving", "report", "inspection", "verification"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -50,6 +50,7 @@ class Plan:
       warnings: things that are odd but not wrong.
       alike: for every model, index of the first one that equals it in every matrix in which the
         models differ; the solver sees each such set once.
+      left_out: names of models that do not belong with the others, each with the reason.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -58,6 +59,7 @@ class Plan:
     groups: tuple[tuple[str, ...], ...]
     warnings: tuple[str, ...]
     alike: tuple[int, ...]
+    left_out: tuple[tuple[str, str], ...] = ()
 
     @property
     def solved(self) -> tuple[int, ...]:
@@ -104,10 +106,7 @@ def make_plan(
     if not any(_is_common(checkpoints, name) for name in names):
         if mixed is not None:
             raise InputError(mixed)
-        raise NotOneBaseError(
-            "the models have no tensor in common by name, shape and dtype: they are not fine-tunes "
-            "of one base. Give models of one architecture."
-        )
+        return _plan_one_architecture(checkpoints, wanted, progress)
     marks: dict[str, tuple[bytes | None, ...]] = {}
     for done, name in enumerate(names):
         marks[name] = _marks(checkpoints, name)
@@ -125,6 +124,47 @@ def make_plan(
     groups = group_tensors(kept, [p.name for p in plans if p.action == "recover"])
     alike = _first_equal([tuple(marks[name][i] for name in differing) for i in keep])
     return Plan(kept, duplicates, tuple(plans), groups, _config_warnings(kept), alike)
+
+
+def _plan_one_architecture(
+    checkpoints: Sequence[Checkpoint],
+    wanted: Callable[[str], bool],
+    progress: Callable[[int, int], None] | None,
+) -> Plan:
+    """The plan without single models of another architecture, where three others remain."""
+    groups = group_by_architecture(checkpoints)
+    large = [group for group in groups if len(group) > 1]
+    if len(groups) > 1 and len(large) == 1 and len(large[0]) >= 3:
+        plan = make_plan([checkpoints[i] for i in large[0]], wanted, progress)
+        others = [c.name for i, c in enumerate(checkpoints) if i not in large[0]]
+        first = plan.checkpoints[0].name
+        reasons = [
+            f"{name} was left out: it has no tensor in common with {first} by name, shape and "
+            "dtype, so it is no fine-tune of that base. Recover it with models of its own base."
+            for name in others
+        ]
+        left_out = (*plan.left_out, *zip(others, reasons, strict=True))
+        warnings = (*plan.warnings, *reasons)
+        return dataclasses.replace(plan, left_out=left_out, warnings=warnings)
+    said = "; ".join(", ".join(checkpoints[i].name for i in group) for group in groups)
+    raise NotOneBaseError(
+        "the models have no tensor in common by name, shape and dtype: they are not fine-tunes of "
+        f"one base. Models by architecture: {said}. Recover each group of three or more alone."
+    )
+
+
+def group_by_architecture(checkpoints: Sequence[Checkpoint]) -> list[list[int]]:
+    """Indices of models that have half of their tensors' names and shapes or more in common."""
+    kinds = [{(i.name, i.shape) for i in c.tensors.values()} for c in checkpoints]
+    groups: list[list[int]] = []
+    for index, own in enumerate(kinds):
+        for group in groups:
+            if 2 * len(own & kinds[group[0]]) >= max(len(own), len(kinds[group[0]])):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
 
 
 def mixed_dtypes(checkpoints: Sequence[Checkpoint]) -> str | None:

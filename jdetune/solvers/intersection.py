@@ -21,11 +21,15 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jdetune import linalg
-from jdetune.noise import pair_edge, ulp
-from jdetune.ranks import PairPlan, model_ranks, plan_pairs
+from jdetune.noise import ROUNDINGS, Weights, as_merged, pair_edge, spacing, ulp
+from jdetune.ranks import PairPlan, clear_ranks, plan_pairs
+from jdetune.types import STORAGE_DTYPES
 
-#: A further common direction is called shared if its misfit is within this many times the rounding.
+#: A further common direction is called shared if its misfit is within this many times the rounding,
 SHARED_TOLERANCE = 4.0
+#: and if the squared sine of its angle to the others' spaces is below this: weak directions, whose
+#: angles are unknown, are no sign of anything.
+SHARED_MISFIT = 0.1
 #: Variance of a merge's float32 arithmetic, in squares of the update: a sum of r products makes
 #: about r/12 * 2^-48 a model. It exceeds the storage's rounding where the weights are small.
 MERGE_ARITHMETIC = 4 * 2.0**-48
@@ -37,9 +41,17 @@ class SubspaceIntersection:
 
     Attributes:
       polish: refine the closed form to the most likely base and updates, weighing every element
-        by its own rounding error (``jdetune.solvers.likelihood``).
+        by its own rounding error (``jdetune.solvers.likelihood``), then decide every element of
+        the base on its grid (``jdetune.exact``) and certify it (``jdetune.certificate``).
       precision: dtype of the dense algebra. ``auto`` is float64 where the hardware has it, and
         float32 on TPU.
+      base_dtype: grid that the base lies on. ``auto`` finds bfloat16 and float16 in wider models.
+      rounding: how the models were merged: R0 and R1 round the sum (PEFT's default), R2 also the
+        update before (``safe_merge=True``), R3 the update twice (16-bit adapters on CUDA).
+      rank: rank of every update; found from the data if None.
+
+    Raises:
+      ValueError: a value that is none of these.
 
     Example:
       >>> SubspaceIntersection().precision
@@ -48,6 +60,19 @@ class SubspaceIntersection:
 
     polish: bool = True
     precision: linalg.Precision = "auto"
+    base_dtype: str = "auto"
+    rounding: str = "R1"
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        if self.base_dtype not in ("auto", *STORAGE_DTYPES):
+            known = ", ".join(("auto", *STORAGE_DTYPES))
+            raise ValueError(f"base_dtype is one of {known}; got {self.base_dtype!r}")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}; got {self.rounding!r}")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank is at least 1, or None to find it; got {self.rank}")
 
 
 class Scales(NamedTuple):
@@ -73,7 +98,12 @@ class PairFactors(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """One layer, solved: the base and the updates as left @ core @ right^T."""
+    """One layer, solved: the base and the updates as left @ core @ right^T.
+
+    ``conditioning`` is about the squared sine of the smallest angle between two models' spaces,
+    columns times rows: small where directions are nearly shared. ``detection_floor`` is the
+    singular value of an update below which it is lost in the rounding.
+    """
 
     base: Float[Array, "row col"]
     left: Float[Array, "model row rank"]
@@ -85,16 +115,18 @@ class Solution(NamedTuple):
     residual_ratio: Float[Array, ""]
     tail_ratio: Float[Array, ""]
     shared_margin: Float[Array, ""]
+    conditioning: Float[Array, ""]
     rank_gap: Float[Array, ""]
+    detection_floor: Float[Array, ""]
 
 
-def noise_scales(weights: Float[Array, "model row col"], dtype: jnp.dtype) -> Scales:
+def noise_scales(weights: Weights, dtype: jnp.dtype) -> Scales:
     """Row and column factors of the rounding error, relative to its rms.
 
     The outer product of the factors fits ulp(W')^2, averaged over models, as a rank-one matrix.
     Rows without noise (all zero) get a small positive factor.
     """
-    total = sum(jnp.square(ulp(model).astype(dtype)) for model in weights)
+    total = linalg.sum_models(jnp.square(spacing(as_merged(weights)).astype(dtype)))
     mean = jnp.maximum(jnp.mean(total), jnp.finfo(dtype).tiny)
     floor = jnp.asarray(1e-6, dtype)
     row = jnp.sqrt(jnp.maximum(jnp.mean(total, axis=1) / mean, floor))
@@ -103,7 +135,7 @@ def noise_scales(weights: Float[Array, "model row col"], dtype: jnp.dtype) -> Sc
 
 
 def factor_pairs(
-    weights: Float[Array, "model row col"], width: int, dtype: jnp.dtype, batch_size: int
+    weights: Weights, width: int, dtype: jnp.dtype, batch_size: int
 ) -> tuple[PairFactors, Scales]:
     """Singular triplets of all pairwise differences, by a sketch and one power step.
 
@@ -116,20 +148,21 @@ def factor_pairs(
     Returns:
       Factors of the whitened differences, and the scales they were whitened with.
     """
-    plan = plan_pairs(weights.shape[0])
-    scales = noise_scales(weights, dtype)
-    sketch = jax.random.rademacher(jax.random.key(0), (weights.shape[2], width), dtype)
+    models = jax.tree.map(jnp.asarray, as_merged(weights))
+    plan = plan_pairs(models.values.shape[0])
+    scales = noise_scales(models, dtype)
+    sketch = jax.random.rademacher(jax.random.key(0), (models.values.shape[2], width), dtype)
 
     def factor(pair: tuple[Array, Array]) -> PairFactors:
-        first, second = weights[pair[0]], weights[pair[1]]
-        difference = first.astype(dtype) - second.astype(dtype)
+        first, second = (jax.tree.map(lambda part, m=m: part[m], models) for m in pair)
+        difference = first.values.astype(dtype) - second.values.astype(dtype)
         difference = difference / scales.row[:, None] / scales.col
         basis = linalg.orthonormalize(linalg.long_matmul(difference, sketch))
         right = linalg.orthonormalize(linalg.long_matmul(difference.T, basis))
         image = linalg.long_matmul(difference, right)
         basis = linalg.orthonormalize(image)
         left, values, turn = linalg.svd_square(linalg.matmul(basis.T, image))
-        variance = jnp.square(ulp(first).astype(dtype)) + jnp.square(ulp(second).astype(dtype))
+        variance = jnp.square(ulp(*first).astype(dtype)) + jnp.square(ulp(*second).astype(dtype))
         variance = variance / 12 / jnp.square(scales.row)[:, None] / jnp.square(scales.col)
         variance = variance + MERGE_ARITHMETIC * jnp.square(difference)
         edge = pair_edge(variance)
@@ -180,10 +213,11 @@ def _common_directions(
 
 
 def intersect(
-    weights: Float[Array, "model row col"],
+    weights: Weights,
     factors: PairFactors,
     scales: Scales,
     max_rank: int,
+    rank: int | None = None,
 ) -> Solution:
     """Base and updates of one layer from the factors of its pairwise differences.
 
@@ -192,17 +226,23 @@ def intersect(
       factors: from ``factor_pairs``; its width is at least ``2 * max_rank``.
       scales: the whitening of the factors.
       max_rank: static size of the rank axis.
+      rank: rank of every update where it is known; found from the differences if None.
 
     Returns:
       The solution in the dtype of the factors; the base is not yet rounded to storage.
     """
     dtype = factors.values.dtype
-    n_models = weights.shape[0]
+    models = jax.tree.map(jnp.asarray, as_merged(weights))
+    n_models = models.values.shape[0]
     plan = plan_pairs(n_models)
-    pair_ranks = factors.ranks
-    ranks, agree = model_ranks(pair_ranks, plan)
-    agree &= jnp.all(ranks <= max_rank)
-    ranks = jnp.minimum(ranks, max_rank)
+    if rank is None:
+        pair_ranks, ranks, agree, floor = clear_ranks(factors.values, factors.edge, plan)
+        agree &= jnp.all(ranks <= max_rank)
+        ranks = jnp.minimum(ranks, max_rank)
+    else:
+        ranks = jnp.full(n_models, rank, jnp.int32)
+        pair_ranks = jnp.full_like(factors.ranks, 2 * rank)
+        agree, floor = jnp.array(True), factors.edge
 
     width = min(2 * max_rank, factors.values.shape[1])
     keep = jnp.arange(width, dtype=jnp.int32) < pair_ranks[:, None]
@@ -213,7 +253,7 @@ def intersect(
     angle = jnp.where(keep, factors.edge[:, None] / jnp.where(keep, values, 1), 0)
 
     active = jnp.arange(max_rank, dtype=jnp.int32) < ranks[:, None]
-    sides, margins = [], []
+    sides, margins, misfits = [], [], []
     for basis in (left, right):
         directions, misfit, explained = _common_directions(basis, angle, plan)
         sides.append(jnp.where(active[:, None], directions[:, :, :max_rank], 0))
@@ -221,34 +261,36 @@ def intersect(
         margin = jnp.take_along_axis(misfit / jnp.maximum(explained, 1e-30), next_one, axis=1)
         inside = next_one[:, 0] < directions.shape[2]
         margins.append(jnp.min(jnp.where(inside, margin[:, 0], jnp.inf)))
+        nearest = jnp.take_along_axis(misfit, next_one, axis=1)[:, 0]
+        misfits.append(jnp.min(jnp.where(inside, nearest, 1)))
     shared_margin = jnp.minimum(*margins)
 
-    core = _cores(sides[0], sides[1], left, values, right, plan)
+    core, conditioning = _cores(sides[0], sides[1], left, values, right, plan)
     core = jnp.where(active[:, :, None] & active[:, None, :], core, 0)
     sides[0] = sides[0] * scales.row[:, None]
     sides[1] = sides[1] * scales.col[:, None]
 
-    reference = weights[0].astype(dtype)
+    reference = models.values[0].astype(dtype)
 
     def update(model: Array) -> Array:
         scaled = linalg.matmul(sides[0][model], core[model])
         return linalg.matmul(scaled, sides[1][model].T)
 
     def add(total: Array, model: Array) -> tuple[Array, None]:
-        return total + (weights[model].astype(dtype) - reference) - update(model), None
+        return total + (models.values[model].astype(dtype) - reference) - update(model), None
 
-    models = jnp.arange(n_models, dtype=jnp.int32)
-    shift, _ = jax.lax.scan(add, jnp.zeros_like(reference), models)
+    index = jnp.arange(n_models, dtype=jnp.int32)
+    shift, _ = jax.lax.scan(add, jnp.zeros_like(reference), index)
     shift = shift / n_models
 
     def add_residual(total: tuple[Array, Array], model: Array) -> tuple[tuple[Array, Array], None]:
-        stored = weights[model]
-        residual = (stored.astype(dtype) - reference) - shift - update(model)
-        noise = jnp.square(ulp(stored).astype(dtype)) / 12
+        stored = jax.tree.map(lambda part: part[model], models)
+        residual = (stored.values.astype(dtype) - reference) - shift - update(model)
+        noise = jnp.square(ulp(*stored).astype(dtype)) / 12
         return (total[0] + jnp.sum(jnp.square(residual)), total[1] + jnp.sum(noise)), None
 
     zero = jnp.zeros_like(reference[0, 0])
-    (squares, noise), _ = jax.lax.scan(add_residual, (zero, zero), models)
+    (squares, noise), _ = jax.lax.scan(add_residual, (zero, zero), index)
     ratio = jnp.sqrt(squares / jnp.maximum(noise * (n_models - 1) / n_models, 1e-37))
 
     last = jnp.take_along_axis(factors.values, jnp.maximum(pair_ranks - 1, 0)[:, None], axis=1)
@@ -262,11 +304,13 @@ def intersect(
         right=sides[1],
         ranks=ranks,
         agree=agree,
-        shared=shared_margin < SHARED_TOLERANCE,
+        shared=(shared_margin < SHARED_TOLERANCE) & (jnp.minimum(*misfits) < SHARED_MISFIT),
         residual_ratio=ratio,
         tail_ratio=jnp.max(factors.tail_ratio),
         shared_margin=shared_margin,
+        conditioning=conditioning,
         rank_gap=jnp.min(gap),
+        detection_floor=jnp.max(floor),
     )
 
 
@@ -277,8 +321,8 @@ def _cores(
     pair_values: Float[Array, "pair width"],
     pair_right: Float[Array, "pair col width"],
     plan: PairPlan,
-) -> Float[Array, "model rank rank"]:
-    """Core of each update, averaged over the pairs it is in."""
+) -> tuple[Float[Array, "model rank rank"], Float[Array, ""]]:
+    """Core of each update, averaged over the pairs it is in, and the conditioning."""
     rank = left.shape[2]
     joint_left = jnp.concatenate([left[plan.first], left[plan.second]], axis=2)
     joint_right = jnp.concatenate([right[plan.first], right[plan.second]], axis=2)
@@ -297,11 +341,15 @@ def _cores(
     own = jnp.where(
         jnp.asarray(plan.sign)[:, :, None, None] > 0, first[plan.partner], second[plan.partner]
     )
-    return jnp.mean(own, axis=1)
+    left_worst, right_worst = (
+        jnp.max(jnp.diagonal(inverse, axis1=1, axis2=2))
+        for inverse in (inverse_left, inverse_right)
+    )
+    return jnp.mean(own, axis=1), 1 / jnp.maximum(left_worst * right_worst, 1)
 
 
 def solve_layer(
-    weights: Float[Array, "model row col"],
+    weights: Weights,
     max_rank: int,
     precision: linalg.Precision = "auto",
     batch_size: int = 1,
@@ -318,8 +366,8 @@ def solve_layer(
       The solution; arrays are float64 if the precision is, so trace it inside ``linalg.scope``.
     """
     dtype = linalg.resolve_dtype(precision)
-    smaller = min(weights.shape[1:])
-    width = min(2 * max_rank + 10, smaller)
+    models = as_merged(weights)
+    width = min(2 * max_rank + 10, *models.values.shape[1:])
     with linalg.scope(dtype):
-        factors, scales = factor_pairs(weights, width, dtype, batch_size)
-        return intersect(weights, factors, scales, max_rank)
+        factors, scales = factor_pairs(models, width, dtype, batch_size)
+        return intersect(models, factors, scales, max_rank)

@@ -17,20 +17,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Array as AnyArray
 from jaxtyping import Float, Int
 
 from jdetune import linalg
-from jdetune.factors import balanced_factors
-from jdetune.noise import merge_variance
+from jdetune.noise import Weights, as_merged, fit_variance, merge_variance
 from jdetune.solvers.intersection import Scales
-from jdetune.solvers.tangent import (
-    Tangent,
-    conjugate_gradients,
-    retract,
-    tangent_spaces,
-    to_tangent,
-)
+from jdetune.solvers.tangent import conjugate_gradients, linearize, move, sharper, to_tangent
+
+#: Rounds in float32 arithmetic, whose own error keeps the gradient above the tolerance.
+FLOAT32_ROUNDS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +34,14 @@ class Refinement:
 
     Attributes:
       tolerance: stop when the preconditioned gradient is this share of what the rounding error
-        alone would make of it.
+        alone would make of it; less where directions are nearly shared.
       max_steps: conjugate gradient steps a round, at the latest.
       rounds: Gauss-Newton steps at the latest; one or two are enough unless directions are nearly
         shared.
     """
 
     tolerance: float = 1e-2
-    max_steps: int = 60
+    max_steps: int = 300
     rounds: int = 6
 
 
@@ -65,7 +60,7 @@ class Refined(NamedTuple):
 
 
 def weighted_base(
-    weights: Float[AnyArray, "model row col"],
+    weights: Weights,
     left: Float[Array, "model row rank"],
     right: Float[Array, "model rank col"],
     variance: Float[Array, "model row col"],
@@ -74,28 +69,31 @@ def weighted_base(
 
     Summed relative to the first model, so that nothing is lost to the size of the weights.
     """
+    values = as_merged(weights).values
     dtype = variance.dtype
-    reference = weights[0].astype(dtype)
+    reference = values[0].astype(dtype)
 
     def add(total: tuple[Array, Array], model: Array) -> tuple[tuple[Array, Array], None]:
-        value = weights[model].astype(dtype) - reference
+        value = values[model].astype(dtype) - reference
         value = value - linalg.matmul(left[model], right[model])
         weight = 1 / variance[model]
         return (total[0] + weight * value, total[1] + weight), None
 
     zero = jnp.zeros_like(reference)
-    models = jnp.arange(weights.shape[0], dtype=jnp.int32)
+    models = jnp.arange(values.shape[0], dtype=jnp.int32)
     (moved, total), _ = jax.lax.scan(add, (zero, zero), models)
     return reference + moved / total
 
 
 def refine(
-    weights: Float[AnyArray, "model row col"],
+    weights: Weights,
     left: Float[Array, "model row rank"],
     right: Float[Array, "model rank col"],
     ranks: Int[Array, " model"],
     scales: Scales,
     options: Refinement,
+    rounding: str = "R1",
+    conditioning: Array | float = 1.0,
 ) -> Refined:
     """Gauss-Newton from the closed form to the most likely updates.
 
@@ -109,37 +107,37 @@ def refine(
       ranks: rank of each update.
       scales: rounding error as row and column factors.
       options: when to stop.
+      rounding: rule of the merge, R0 to R3.
+      conditioning: of the closed form; see ``sharper``.
 
     Returns:
       The updates in the dtype of ``left``; the base follows from ``weighted_base``.
     """
+    models = as_merged(weights)
     dtype, work = left.dtype, jnp.float32
     active = jnp.arange(left.shape[2], dtype=jnp.int32) < ranks[:, None]
-    rows, cols = scales.row[:, None], scales.col
+    freedom = jnp.sum(ranks).astype(dtype) * (left.shape[1] + right.shape[2])
+    rounds = options.rounds if dtype == jnp.float64 else min(options.rounds, FLOAT32_ROUNDS)
 
-    freedom = jnp.sum(ranks).astype(dtype) * (weights.shape[1] + weights.shape[2])
+    goal_share = options.tolerance**2 * sharper(conditioning)
 
     def going(carry: Refined) -> Array:
-        return (carry.rounds < options.rounds) & (carry.reached > options.tolerance)
+        return (carry.rounds < rounds) & (jnp.square(carry.reached) > goal_share)
 
     def one_round(carry: Refined) -> Refined:
-        variance = merge_variance(weights, carry.left, carry.right)
-        base = weighted_base(weights, carry.left, carry.right, variance)
-        error = residuals(weights, base, carry.left, carry.right) / rows / cols
+        variance = fit_variance(merge_variance(models, carry.left, carry.right, rounding))
+        base = weighted_base(models, carry.left, carry.right, variance)
+        error = residuals(models, base, carry.left, carry.right) / scales.row[:, None] / scales.col
         size = jnp.sqrt(jnp.mean(jnp.square(error))) + float(jnp.finfo(work).tiny)
-        u, v, core = tangent_spaces(carry.left / rows, carry.right / cols, active)
-        whitened = variance / jnp.square(rows) / jnp.square(cols)
-        mean = jnp.mean(whitened)
-        weight = (mean / whitened).astype(work)
-        tangent = Tangent(u.astype(work), v.astype(work), active, weight, linalg.sum_models(weight))
-        gradient = to_tangent(tangent, weight * (error / size).astype(work))
-        unit = jnp.maximum(freedom, 1) * mean / jnp.square(size)
-        goal = (options.tolerance**2 * unit).astype(work)
-        z, count, first = conjugate_gradients(tangent, gradient, goal, options.max_steps)
-        b, a = jax.vmap(retract)(u, core, v, z.p.astype(dtype) * size, z.q.astype(dtype) * size)
+        at = linearize(carry.left, carry.right, active, scales, 1 / variance)
+        gradient = to_tangent(at.tangent, at.tangent.weight * (error / size).astype(work))
+        unit = jnp.maximum(freedom, 1) / at.unit / jnp.square(size)
+        goal = (goal_share * unit).astype(work)
+        z, count, first = conjugate_gradients(at.tangent, gradient, goal, options.max_steps)
+        b, a = move(at, z, size, scales)
         return Refined(
-            left=jnp.where(active[:, None, :], b * rows, 0),
-            right=jnp.where(active[:, :, None], a * cols, 0),
+            left=b,
+            right=a,
             steps=carry.steps + count,
             reached=jnp.sqrt(first.astype(dtype) / unit),
             rounds=carry.rounds + 1,
@@ -152,13 +150,15 @@ def refine(
 
 
 def most_likely(
-    weights: Float[AnyArray, "model row col"],
+    weights: Weights,
     left: Float[Array, "model row rank"],
     right: Float[Array, "model rank col"],
     ranks: Int[Array, " model"],
     scales: Scales,
     options: Refinement = Refinement(),
-) -> tuple[Array, Array, Array, Array, Array]:
+    rounding: str = "R1",
+    conditioning: Array | float = 1.0,
+) -> tuple[Refined, Array, Array, Array]:
     """Most likely base and updates from those of the closed form.
 
     Args:
@@ -168,27 +168,26 @@ def most_likely(
       ranks: rank of each update.
       scales: rounding error as row and column factors.
       options: when to stop.
+      rounding: rule of the merge, R0 to R3.
+      conditioning: of the closed form; see ``sharper``.
 
     Returns:
-      Base, balanced B and A, rms of the residuals over that of the rounding error (about 1, less
-      what the fitted updates take up), and conjugate gradient steps.
+      Updates, base, the base's variance if the updates were known, and the rms of the residuals
+      over that of the rounding error (about 1: what the fitted updates take up is a few percent).
     """
-    found = refine(weights, left, right, ranks, scales, options)
-    variance = merge_variance(weights, found.left, found.right)
-    base = weighted_base(weights, found.left, found.right, variance)
-    error = residuals(weights, base, found.left, found.right)
-    n_models = weights.shape[0]
+    models = as_merged(weights)
+    found = refine(models, left, right, ranks, scales, options, rounding, conditioning)
+    variance = merge_variance(models, found.left, found.right, rounding)
+    base = weighted_base(models, found.left, found.right, variance)
+    error = residuals(models, base, found.left, found.right)
+    n_models = left.shape[0]
     share = jnp.sum(jnp.square(error)) / jnp.sum(variance)
-    ratio = jnp.sqrt(share * n_models / (n_models - 1))
-    eye = jnp.broadcast_to(
-        jnp.eye(left.shape[2], dtype=left.dtype), (n_models, left.shape[2], left.shape[2])
-    )
-    b, a = balanced_factors(found.left, eye, jnp.swapaxes(found.right, 1, 2), ranks)
-    return base, b, a, ratio, found.steps
+    known = 1 / linalg.sum_models(1 / variance)
+    return found, base, known, jnp.sqrt(share * n_models / (n_models - 1))
 
 
 def residuals(
-    weights: Float[AnyArray, "model row col"],
+    weights: Weights,
     base: Float[Array, "row col"],
     left: Float[Array, "model row rank"],
     right: Float[Array, "model rank col"],
@@ -199,4 +198,4 @@ def residuals(
         stored, b, a = operands
         return (stored.astype(base.dtype) - base) - linalg.matmul(b, a)
 
-    return jax.lax.map(one, (weights, left, right))
+    return jax.lax.map(one, (jnp.asarray(as_merged(weights).values), left, right))

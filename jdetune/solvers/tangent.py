@@ -22,7 +22,7 @@ class Tangent(NamedTuple):
       right: V, likewise.
       active: which columns are used.
       weight: inverse variance of each stored element, relative to its mean.
-      total: sum of the weights over models.
+      total: sum of the weights over models; infinite where the base is known.
     """
 
     left: Float[Array, "model row rank"]
@@ -37,6 +37,16 @@ class Step(NamedTuple):
 
     p: Float[Array, "model row rank"]
     q: Float[Array, "model col rank"]
+
+
+class Linearized(NamedTuple):
+    """Updates ``left @ core @ right^T`` with their tangent spaces; ``unit`` is weight one."""
+
+    tangent: Tangent
+    left: Float[Array, "model row rank"]
+    core: Float[Array, "model rank rank"]
+    right: Float[Array, "model col rank"]
+    unit: Float[Array, ""]
 
 
 def to_matrices(tangent: Tangent, step: Step) -> Float[Array, "model row col"]:
@@ -69,9 +79,14 @@ def normal_operator(tangent: Tangent, step: Step) -> Step:
     return to_tangent(tangent, weighted - tangent.weight * mean)
 
 
+def free_information(tangent: Tangent) -> Float[Array, "model row col"]:
+    """What each element tells of its update once the base is eliminated."""
+    return tangent.weight * (1 - tangent.weight / tangent.total)
+
+
 def _preconditioner(tangent: Tangent) -> Step:
     """Inverse diagonal blocks, as one number a row and one a column."""
-    free = tangent.weight * (1 - tangent.weight / tangent.total)
+    free = free_information(tangent)
     tiny = jnp.finfo(free.dtype).tiny
     rows = jnp.maximum(jnp.mean(free, axis=2), tiny)
     cols = jnp.maximum(jnp.mean(free, axis=1), tiny)
@@ -131,6 +146,15 @@ def conjugate_gradients(
     return z, count, square
 
 
+def sharper(conditioning: Float[Array, ""] | float) -> Float[Array, ""]:
+    """Factor on the squared gradient to stop at, where directions are nearly shared.
+
+    Errors along a direction that is shared up to the sine s leave a gradient s^2 as large; they are
+    what the base's error is made of. Float32 gradients bear no more than 1e-8.
+    """
+    return jnp.clip(jnp.square(jnp.asarray(conditioning)), 1e-8, 1)
+
+
 def tangent_spaces(
     left: Float[Array, "model row rank"],
     right: Float[Array, "model rank col"],
@@ -165,3 +189,48 @@ def retract(
     root = jnp.sqrt(values[:rank])
     b = linalg.matmul(q_left, turn_left[:, :rank]) * root
     return b, (linalg.matmul(q_right, turn_right[:, :rank]) * root).T
+
+
+def linearize(
+    left: Float[Array, "model row rank"],
+    right: Float[Array, "model rank col"],
+    active: Bool[Array, "model rank"],
+    scales: tuple[Array, Array],
+    information: Float[Array, "model row col"],
+    known: Bool[Array, "row col"] | None = None,
+) -> Linearized:
+    """Tangent spaces and weights at given updates, whitened by the scales, in float32.
+
+    Args:
+      left: B of each update.
+      right: A of each update.
+      active: which columns are used.
+      scales: rounding error as row and column factors.
+      information: inverse variance of each stored element's error.
+      known: elements whose base is known and is not fitted.
+
+    Returns:
+      The tangent spaces, the cores of the updates in them, and the unit of the weights.
+    """
+    rows, cols = scales[0][:, None], scales[1]
+    u, v, core = tangent_spaces(left / rows, right / cols, active)
+    whitened = information * jnp.square(rows) * jnp.square(cols)
+    unit = jnp.mean(whitened)
+    weight = (whitened / unit).astype(jnp.float32)
+    total = linalg.sum_models(weight)
+    if known is not None:
+        total = jnp.where(known, jnp.inf, total)
+    spaces = Tangent(u.astype(jnp.float32), v.astype(jnp.float32), active, weight, total)
+    return Linearized(spaces, u, core, v, unit)
+
+
+def move(
+    at: Linearized, step: Step, size: Array, scales: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """Updates moved by ``size * step`` from where they were linearised, as B and A."""
+    dtype = at.left.dtype
+    p, q = (part.astype(dtype) * size for part in step)
+    b, a = jax.vmap(retract)(at.left, at.core, at.right, p, q)
+    keep = at.tangent.active
+    left = jnp.where(keep[:, None, :], b * scales[0][:, None], 0)
+    return left, jnp.where(keep[:, :, None], a * scales[1], 0)

@@ -1,0 +1,160 @@
+r"""How wrong the recovered base is, without ground truth.
+
+Rounding errors of the known size are drawn and sent through the linearised fit: one solve of the
+Gauss-Newton system gives the errors of the updates that such rounding makes. Their size, relative
+to what each element's leverage says, is the ``spread`` that ``jdetune.exact`` takes into account;
+the error of the base relative to what it would be if the updates were known is the amplification.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from jdetune import linalg
+from jdetune.noise import Weights, as_merged, fit_variance, merge_variance
+from jdetune.solvers.intersection import Scales
+from jdetune.solvers.tangent import (
+    Linearized,
+    conjugate_gradients,
+    dot,
+    free_information,
+    linearize,
+    sharper,
+    to_matrices,
+    to_tangent,
+)
+from jdetune.status import Status
+
+#: Share of the gradient (squared) at which the solve of a replicate stops.
+GOAL = 1e-4
+MAX_STEPS = 1000
+#: Rows and columns never count as surer than this share of the whole layer: one replicate is noisy.
+LEAST_FACTOR = 0.7
+#: Amplification up to which a layer counts as at the floor of the rounding.
+AT_THE_FLOOR = 2.0
+
+
+class Spread(NamedTuple):
+    """Errors of the updates and of the base that rounding alone makes.
+
+    Attributes:
+      variance: variance of each update's elements, by leverage times ``factor``.
+      leverage: share of each element's own error that its update takes up.
+      amplification: rms error of the base over that with the updates known.
+    """
+
+    variance: Float[Array, "model row col"]
+    leverage: Float[Array, "model row col"]
+    amplification: Float[Array, ""]
+
+
+def spread(
+    weights: Weights,
+    left: Float[Array, "model row rank"],
+    right: Float[Array, "model rank col"],
+    active: Bool[Array, "model rank"],
+    scales: Scales,
+    known: Bool[Array, "row col"],
+    rounding: str = "R1",
+    conditioning: Array | float = 1.0,
+) -> Spread:
+    r"""Errors of the updates, from one replicate of the rounding errors.
+
+    An element of an update has the variance :math:`|U_x|^2 / g_y + |V_y|^2 / g_x - \dots` if rows
+    and columns were independent, where g is the information that rows and columns hold once the
+    base is eliminated. The replicate says by which factor this is too small.
+
+    Args:
+      weights: merged weights of one layer as stored.
+      left: B of each update.
+      right: A of each update.
+      active: which columns are used.
+      scales: rounding error as row and column factors.
+      known: where the base is known exactly.
+      rounding: rule of the merge, R0 to R3.
+      conditioning: of the closed form.
+
+    Returns:
+      Variances in the dtype of the factors.
+    """
+    models = as_merged(weights)
+    dtype = left.dtype
+    variance = fit_variance(merge_variance(models, left, right, rounding))
+    at = linearize(left, right, active, scales, 1 / variance, known)
+    tangent = at.tangent
+    errors = jax.random.uniform(jax.random.key(1), variance.shape, jnp.float32, -1, 1)
+    errors = errors * jnp.sqrt(3 / tangent.weight)
+    mean = linalg.sum_models(tangent.weight * errors) / tangent.total
+    gradient = to_tangent(tangent, tangent.weight * (errors - mean))
+    goal = (GOAL * sharper(conditioning)).astype(jnp.float32) * dot(gradient, gradient)
+    step, _, _ = conjugate_gradients(tangent, gradient, goal, MAX_STEPS)
+    moved = to_matrices(tangent, step)
+    alone = _leverage_variance(at)
+    factor = _power(moved, alone, jnp.where(known, 1e-6, 1.0) * linalg.sum_models(tangent.weight))
+    unknown = jnp.where(known, 0, linalg.sum_models(tangent.weight))
+    moved_base = linalg.sum_models(tangent.weight * (errors - moved)) / tangent.total
+    share = jnp.sum(unknown * jnp.square(moved_base)) / jnp.maximum(
+        jnp.sum(~known, dtype=jnp.float32), 1
+    )
+    unit = jnp.square(scales.row[:, None] * scales.col) / at.unit
+    return Spread(
+        variance=(alone * factor).astype(dtype) * unit,
+        leverage=jnp.minimum(alone * tangent.weight, 0.5),
+        amplification=jnp.sqrt(share),
+    )
+
+
+def _leverage_variance(at: Linearized) -> Float[Array, "model row col"]:
+    """Variance of the updates' elements if rows and columns were fitted one by one."""
+    free = free_information(at.tangent)
+    rows, cols = _positive(jnp.mean(free, axis=2)), _positive(jnp.mean(free, axis=1))
+    u = jnp.sum(jnp.square(at.tangent.left), axis=2)
+    v = jnp.sum(jnp.square(at.tangent.right), axis=2)
+    whole = _positive(jnp.mean(free, axis=(1, 2)))[:, None, None]
+    both = u[:, :, None] * v[:, None, :]
+    return u[:, :, None] / cols[:, None, :] + v[:, None, :] / rows[:, :, None] - both / whole
+
+
+def _power(moved: Array, alone: Array, matters: Array) -> Float[Array, "row col"]:
+    """Power of a replicate over that of the leverages, as row and column factors.
+
+    Of single updates, or of their mean where errors common to all models make that the larger.
+    """
+    expected = matters * linalg.sum_models(alone)
+    single = matters * linalg.sum_models(jnp.square(moved))
+    together = matters * jnp.square(linalg.sum_models(moved))
+    power = jnp.where(jnp.sum(together) > jnp.sum(single), together, single)
+    rows = jnp.sum(power, axis=1) / _positive(jnp.sum(expected, axis=1))
+    cols = jnp.sum(power, axis=0) / _positive(jnp.sum(expected, axis=0))
+    whole = jnp.sum(power) / _positive(jnp.sum(expected))
+    return jnp.maximum(rows[:, None] * cols / _positive(whole), LEAST_FACTOR * whole)
+
+
+def _positive(value: Array) -> Array:
+    return jnp.maximum(value, jnp.finfo(value.dtype).tiny)
+
+
+def verdict(status: Status, exact_fraction: float, amplification: float) -> str:
+    """What the figures mean, in words.
+
+    Args:
+      status: of the layer.
+      exact_fraction: estimated share of exact elements.
+      amplification: of the rounding noise.
+
+    Example:
+      >>> verdict(Status.OK, 0.97, 1.3), verdict(Status.OK, 0.6, 12.4)
+      ('at the floor', 'amplified by 12')
+    """
+    if status is Status.SHARED_DIRECTIONS:
+        return "not identifiable"
+    if not status.has_base:
+        return "failed"
+    if exact_fraction >= 1 - 1e-9:
+        return "exact"
+    if not amplification > AT_THE_FLOOR:
+        return "at the floor"
+    return f"amplified by {amplification:.2g}"

@@ -1,0 +1,432 @@
+r"""Every element of the base decided on the base's own grid.
+
+:math:`W + M_i` lies in the interval that rounds to :math:`W'_i`. The interval's ends are softened
+by what the merge's arithmetic and the error of :math:`M_i` make of them; over all models each grid
+point near the estimate then has a likelihood. One point left is *certain*, else the element is
+*ambiguous* and takes the most likely point. Elements that are all but certain are fed back: with
+them fixed the updates are fitted anew, and more elements become certain.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jdetune import linalg
+from jdetune.certificate import spread
+from jdetune.noise import Merged, Weights, as_merged, merge_variance, spacing, ulp
+from jdetune.solvers.intersection import Scales
+from jdetune.solvers.likelihood import residuals, weighted_base
+from jdetune.solvers.refit import refit
+from jdetune.types import STORAGE_DTYPES
+
+#: Grid points tried either side of the estimate.
+REACH = 2
+#: An element is fixed for the next fit if all other grid points together are less likely than this.
+FIXED = 1e-4
+#: An element is certain if all other grid points together are less likely than this.
+CERTAIN = 2e-5
+#: Rounds of fixing and fitting: until the share of fixed elements grows by less than ``GROWTH``.
+ROUNDS = 6
+GROWTH = 0.01
+#: Where the estimate's deviation is above this many grid units, single points are not told apart.
+WIDE = 0.8
+#: Coarser grids that a base may lie on, finest first, by the widest dtype of the models.
+COARSER = {"float32": ("float16", "bfloat16"), "float16": ("bfloat16",), "bfloat16": ()}
+#: Share of a base that may be off a grid it is said to lie on, and the factor on the variance of
+#: the estimate that leaves room for amplified noise.
+ON_GRID = 0.01
+CAUTION_GRID = 25.0
+#: A base is finer than its 16-bit models above this share off their grid, with residuals this near
+#: to the rounding error.
+OFF_GRID = 0.7
+USUAL_RESIDUAL = 0.1
+#: Residual power beyond one rounding's from which several roundings are taken for certain.
+SEVERAL_ROUNDINGS = 0.2
+#: Elements whose rounding variance is below this share of the mean show what nothing explains.
+FINE = 0.01
+#: Logistic distributions of unit variance: their tails are those of a float32 sum's error.
+LOGISTIC = 1.8138
+
+
+class Snapped(NamedTuple):
+    """The base on its grid.
+
+    Attributes:
+      base: most likely grid point.
+      wrong: probability that it is another.
+      error: expected squared error.
+      mean_error: expected squared error of the mean of the models, for comparison.
+    """
+
+    base: Float[Array, "row col"]
+    wrong: Float[Array, "row col"]
+    error: Float[Array, "row col"]
+    mean_error: Float[Array, ""]
+
+
+class Grid(NamedTuple):
+    """A storage dtype as numbers: spacing just above one, and smallest normal number."""
+
+    eps: Float[Array, ""]
+    smallest: Float[Array, ""]
+
+
+def grid(dtype: str) -> Grid:
+    """The grid of a dtype.
+
+    Example:
+      >>> float(grid("bfloat16").eps)
+      0.0078125
+    """
+    info = jnp.finfo(jnp.dtype(dtype))
+    return Grid(jnp.float32(info.eps), jnp.float32(info.smallest_normal))
+
+
+def nearest(values: Float[Array, "*shape"], grid: Grid) -> Float[Array, "*shape"]:
+    """Grid points nearest to values, in the dtype of the values.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> nearest(jnp.array([1.001, -2.99]), grid("bfloat16")).tolist()
+      [1.0, -2.984375]
+    """
+    unit = _unit(values, grid)
+    return jnp.round(values / unit) * unit
+
+
+def step_up(points: Float[Array, "*shape"], grid: Grid, steps: int) -> Float[Array, "*shape"]:
+    """Grid points that many steps further up.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> step_up(jnp.array([1.0, -1.0]), grid("bfloat16"), 1).tolist()
+      [1.0078125, -0.99609375]
+    """
+    sign = 1 if steps > 0 else -1
+    for _ in range(abs(steps)):
+        unit = _unit(points, grid)
+        inward = jnp.where(_at_binade(points, grid.smallest), unit / 2, unit)
+        points = points + sign * jnp.where(points * sign < 0, inward, unit)
+    return points
+
+
+def _unit(values: Array, grid: Grid) -> Array:
+    # subnormal spacing is flushed to zero in float32
+    return jnp.maximum(ulp(values, grid.eps, grid.smallest).astype(values.dtype), 1e-37)
+
+
+def _positive_spacing(models: Merged, dtype: jnp.dtype) -> Float[Array, "model row col"]:
+    units = spacing(models).astype(dtype)
+    return jnp.maximum(units, 1e-9 * jnp.mean(units) + 1e-37)
+
+
+def _at_binade(values: Array, smallest: Array) -> Array:
+    """Whether the grid is finer on the side of zero than on the other."""
+    magnitude = jnp.abs(values.astype(jnp.float32))
+    mantissa, _ = jnp.frexp(magnitude)
+    return (mantissa == 0.5) & (magnitude > smallest)
+
+
+def off_grid(
+    base: Float[Array, "row col"], variance: Float[Array, "row col"], grid: Grid
+) -> Float[Array, ""]:
+    """How far an estimate of the base is from lying on a grid: 0 on it, 1 for any other base.
+
+    The mean squared distance to the grid in units of its spacing, less what the estimate's error
+    explains, over the 1/12 of a base that knows nothing of the grid. Only elements count whose
+    error is below a fifth of the spacing.
+
+    Args:
+      base: estimated base, finer than the grid.
+      variance: of the estimate.
+      grid: the grid.
+
+    Returns:
+      The share; infinite where fewer than a tenth of the elements count.
+    """
+    unit = _unit(base, grid)
+    place = base / unit
+    deviation = jnp.sqrt(variance) / unit
+    counts = (deviation < 0.2) & (jnp.abs(place) > 0.5)
+    number = jnp.sum(counts, dtype=base.dtype)
+    explained = jnp.sum(jnp.where(counts, jnp.square(deviation), 0)) / jnp.maximum(number, 1)
+    distance = jnp.square(place - jnp.round(place))
+    mean = jnp.sum(jnp.where(counts, distance, 0)) / jnp.maximum(number, 1)
+    share = jnp.maximum(mean - explained, 0) / (1 / 12 - explained)
+    return jnp.where(number * 10 >= base.size, share, jnp.inf)
+
+
+def find_grid(
+    base: Float[Array, "row col"],
+    variance: Float[Array, "row col"],
+    finest: str,
+    known_amplification: Float[Array, ""] | None = None,
+    residual_ratio: Float[Array, ""] | None = None,
+) -> Int[Array, ""]:
+    """Which dtype the base is on, as an index of ``STORAGE_DTYPES``: the coarsest that fits.
+
+    A base finer than its 16-bit models is told by its lying off their grid; it comes in float32.
+    That takes noise that is not amplified, and residuals of the size that a base off the grid
+    gives them.
+
+    Args:
+      base: estimated base.
+      variance: of the estimate, if the updates were known.
+      finest: widest dtype of the models, taken where no coarser grid fits.
+      known_amplification: of the noise; None where nothing finer is looked for.
+      residual_ratio: rms of the residuals over that of the rounding error.
+
+    Returns:
+      The index.
+    """
+    found = jnp.full((), STORAGE_DTYPES.index(finest), jnp.int32)
+    if known_amplification is not None and residual_ratio is not None:
+        off = off_grid(base, variance * jnp.square(known_amplification), grid(finest))
+        usual = jnp.abs(residual_ratio - 1) < USUAL_RESIDUAL
+        found = jnp.where((off > OFF_GRID) & jnp.isfinite(off) & usual, 0, found).astype(jnp.int32)
+    for name in COARSER[finest]:
+        fits = off_grid(base, variance * CAUTION_GRID, grid(name)) < ON_GRID
+        found = jnp.where(fits, jnp.int32(STORAGE_DTYPES.index(name)), found)
+    return found
+
+
+def certain_below(amplification: Float[Array, ""]) -> Float[Array, ""]:
+    """Probability of another grid point below which an element is certain.
+
+    Smaller where noise is amplified: errors common to many elements are then known less well than
+    one replicate says.
+    """
+    return CERTAIN / jnp.maximum(amplification, 1) ** 4
+
+
+def snap(
+    weights: Weights,
+    left: Float[Array, "model row rank"],
+    right: Float[Array, "model rank col"],
+    centre: Float[Array, "row col"],
+    known: Bool[Array, "row col"],
+    softness: Float[Array, "model row col"],
+    leverage: Float[Array, "model row col"],
+    grid: Grid,
+) -> Snapped:
+    r"""Most likely grid point of every element and how sure it is.
+
+    The likelihood of a grid point w is :math:`\prod_i P(w + M_i \in \mathrm{round}^{-1}(W'_i))`
+    with M known up to its variance. Where the estimate is less sure than the grid is fine, points
+    one deviation apart stand for the grid.
+
+    Args:
+      weights: merged weights of one layer as stored.
+      left: B of each update.
+      right: A of each update.
+      centre: estimate of the base, on its grid.
+      known: elements that the updates were fitted with; their own pull on the fit is taken out.
+      softness: variance of all error but the last rounding: that of the updates' elements and of
+        the merge's arithmetic.
+      leverage: share of each element's own error that the fit took up.
+      grid: of the base.
+
+    Returns:
+      The base in the dtype of ``centre`` with its probabilities.
+    """
+    models = jax.tree.map(jnp.asarray, as_merged(weights))
+    dtype = left.dtype
+    units = _positive_spacing(models, dtype)
+    error = residuals(models, centre, left, right)
+    error = jnp.where(known, error / (1 - leverage.astype(dtype)), error)
+    unit = _unit(centre, grid)
+    deviation = jax.lax.rsqrt(jnp.sum(1 / (softness + jnp.square(units) / 12), axis=0))
+    stride = jnp.where(deviation > WIDE * unit, deviation, 0)
+    scale = jnp.maximum(jnp.sqrt(softness), 1e-3 * units)
+    low, high = (half / scale for half in _halves(models, units))
+
+    def likelihood(step: int) -> tuple[Array, Array]:
+        near = step_up(centre, grid, step)
+        shift = jnp.where(stride > 0, nearest(centre + step * stride, grid), near) - centre
+
+        def one(total: Array, model: tuple[Array, ...]) -> tuple[Array, None]:
+            rest, down, up, width = model
+            over = (shift - rest) / width
+            inside = _log_inside(
+                (-down - over).astype(jnp.float32), (up - over).astype(jnp.float32)
+            )
+            return total + inside, None
+
+        zero = jnp.zeros(centre.shape, jnp.float32)
+        total, _ = jax.lax.scan(one, zero, (error, low, high, scale))
+        return total, shift
+
+    found = [likelihood(step) for step in range(-REACH, REACH + 1)]
+    log = jnp.stack([total for total, _ in found])
+    shifts = jnp.stack([shift for _, shift in found])
+    best = jnp.argmax(log, axis=0)
+    share = jax.nn.softmax(log, axis=0).astype(dtype)
+    is_best = jnp.arange(len(found), dtype=best.dtype)[:, None, None] == best
+    wrong = jnp.sum(jnp.where(is_best, 0, share), axis=0)
+    # on a coarse stride, the grid points that one stride stands for share its probability
+    wrong = jnp.where(stride > unit, 1 - (1 - wrong) * unit / jnp.maximum(stride, unit), wrong)
+    chosen = jnp.sum(jnp.where(is_best, shifts, 0), axis=0)
+    reference = models.values[0].astype(dtype)
+    away = linalg.sum_models(models.values.astype(dtype) - reference)
+    mean = (reference - centre) + away / models.values.shape[0]
+    nothing = jnp.all(models.values == 0, axis=0)  # a zero row: updates leave it alone
+    error = jnp.sum(share * jnp.square(shifts - chosen), axis=0)
+    return Snapped(
+        base=jnp.where(nothing, 0, centre + chosen),
+        wrong=jnp.where(nothing, 0, wrong).astype(jnp.float32),
+        error=jnp.where(nothing, 0, error),
+        mean_error=jnp.mean(jnp.sum(share * jnp.square(shifts - mean), axis=0)),
+    )
+
+
+def _log_inside(low: Array, high: Array) -> Array:
+    """Log probability that a logistic error of unit deviation lies between low and high."""
+    a, b = low * LOGISTIC, high * LOGISTIC
+    gap = jnp.log1p(-jnp.exp(jnp.minimum(a - b, -1e-6)))
+    return b + gap - jax.nn.softplus(a) - jax.nn.softplus(b)
+
+
+def _halves(models: Merged, units: Array) -> tuple[Array, Array]:
+    """Distances from each stored value down and up to where rounding changes."""
+    at_edge = _at_binade(jnp.asarray(models.values), jnp.asarray(models.smallest)[:, None, None])
+    inward = jnp.where(at_edge, 0.25, 0.5) * units
+    positive = models.values > 0
+    return jnp.where(positive, inward, units / 2), jnp.where(positive, units / 2, inward)
+
+
+def _outside(error: Array, units: Array, softness: Array, known: Array) -> Float[Array, " model"]:
+    """Deviation of unexplained error in units of spacing: how far residuals leave their intervals.
+
+    An error uniform on one unit plus a normal one of small deviation s leaves its interval by a
+    mean square of 0.532 s^3.
+    """
+    outside = jnp.maximum(jnp.abs(error) / units - 0.5, 0)
+    deviation = jnp.sqrt(softness) / units
+    counts = known & (deviation < 0.3)
+    seen = _mean_where(counts, jnp.minimum(jnp.square(outside), 1))
+    excess = jnp.maximum(seen - 1.5 * 0.532 * _mean_where(counts, deviation**3) - 1e-5, 0)
+    return jnp.cbrt(excess / 0.532)
+
+
+def _unresolved(error: Array, variance: Array, softness: Array) -> Float[Array, " model"]:
+    """Variance of updates too small to be found, seen where the grid is fine enough to show them.
+
+    Judged by elements whose rounding error is far below the usual; half again what is expected of
+    them is no sign of anything.
+    """
+    fine = variance < FINE * jnp.mean(variance, axis=(1, 2), keepdims=True)
+    enough = jnp.sum(fine, axis=(1, 2)) > 100
+    n_models = error.shape[0]
+    seen = _mean_where(fine, jnp.square(error)) * n_models / (n_models - 1)
+    expected = _mean_where(fine, variance + softness)
+    return jnp.where(enough & (seen > 2 * expected), seen - expected, 0)
+
+
+def _mean_where(where: Array, values: Array) -> Float[Array, " model"]:
+    number = jnp.maximum(jnp.sum(where, (1, 2), dtype=values.dtype), 1)
+    return jnp.sum(jnp.where(where, values, 0), (1, 2)) / number
+
+
+class Resolved(NamedTuple):
+    """Base and updates after all rounds.
+
+    Attributes:
+      snapped: the base on its grid.
+      left: B of each update, fitted with the known elements of the base.
+      right: A of each update.
+      amplification: of the rounding noise, before anything was known.
+      slack: deviation of each model's error that nothing explains, in units of spacing.
+      rounds: of fixing and fitting.
+      steps: of conjugate gradients.
+      grown: share of elements that the last round fixed.
+    """
+
+    snapped: Snapped
+    left: Float[Array, "model row rank"]
+    right: Float[Array, "model rank col"]
+    amplification: Float[Array, ""]
+    slack: Float[Array, " model"]
+    rounds: Int[Array, ""]
+    steps: Int[Array, ""]
+    grown: Float[Array, ""]
+
+
+def resolve(
+    weights: Weights,
+    left: Float[Array, "model row rank"],
+    right: Float[Array, "model rank col"],
+    ranks: Int[Array, " model"],
+    scales: Scales,
+    grid: Grid,
+    residual_ratio: Float[Array, ""],
+    rounding: str = "R1",
+    conditioning: Array | float = 1.0,
+) -> Resolved:
+    """Snaps, fixes what is all but certain, fits again, until no more becomes certain.
+
+    Args:
+      weights: merged weights of one layer as stored.
+      left: B of the refined updates, zero past each rank.
+      right: A of the refined updates.
+      ranks: rank of each update.
+      scales: rounding error as row and column factors.
+      grid: of the base.
+      residual_ratio: rms of the residuals over that of one rounding; more roundings show in it.
+      rounding: rule of the merge, R0 to R3.
+      conditioning: of the closed form.
+
+    Returns:
+      The base on its grid and the updates fitted with it.
+    """
+    models = as_merged(weights)
+    active = jnp.arange(left.shape[2], dtype=jnp.int32) < ranks[:, None]
+    units = _positive_spacing(models, left.dtype)
+    more = jnp.square(residual_ratio) - 1
+    least_slack = jnp.sqrt(jnp.where(more > SEVERAL_ROUNDINGS, more / 12, 0))
+
+    def estimate(left: Array, right: Array, variance: Array) -> Array:
+        return nearest(weighted_base(models, left, right, variance), grid)
+
+    def one_round(carry: Resolved) -> Resolved:
+        base, before = carry.snapped.base, carry.snapped.wrong < FIXED
+        left, right, count = refit(
+            models, carry.left, carry.right, ranks, scales, base, before, rounding
+        )
+        errors = spread(models, left, right, active, scales, before, rounding, conditioning)
+        variance = merge_variance(models, left, right, rounding)
+        centre = jnp.where(before, base, estimate(left, right, variance))
+        softness = errors.variance + jnp.maximum(variance - jnp.square(units) / 12, 0)
+        rest = residuals(models, centre, left, right)
+        softness = softness + _unresolved(rest, variance, softness)[:, None, None]
+        slack = jnp.maximum(_outside(rest, units, softness, before), least_slack)
+        softness = softness + jnp.square(slack[:, None, None] * units)
+        found = snap(models, left, right, centre, before, softness, errors.leverage, grid)
+        fixed, already = (
+            jnp.mean(one.wrong < FIXED, dtype=jnp.float32) for one in (found, carry.snapped)
+        )
+        first = carry.rounds == 0
+        return Resolved(
+            snapped=found,
+            left=left,
+            right=right,
+            amplification=jnp.where(first, errors.amplification, carry.amplification),
+            slack=slack,
+            rounds=carry.rounds + 1,
+            steps=carry.steps + count,
+            grown=fixed - already,
+        )
+
+    def going(carry: Resolved) -> Array:
+        return (carry.rounds < ROUNDS) & (carry.grown > GROWTH)
+
+    base = estimate(left, right, merge_variance(models, left, right, rounding))
+    ones = jnp.ones(base.shape, jnp.float32)
+    zero, none = jnp.zeros_like(left[0, 0, 0]), jnp.zeros_like(ranks[0])
+    start = Snapped(base, ones, jnp.zeros_like(base), zero)
+    one = jnp.float32(1) + 0 * ones[0, 0]
+    return jax.lax.while_loop(
+        going, one_round, Resolved(start, left, right, 0 * one, 0 * left[:, 0, 0], none, none, one)
+    )

@@ -1,0 +1,113 @@
+"""Which models share a base: is the difference of two low rank, down to the rounding error?
+
+Two models of one base differ by :math:`M_i - M_j`, of rank :math:`r_i + r_j`, and rounding; of two
+bases, by a matrix of full rank. So do a base and its full fine-tune, or its DoRA and requantised
+merges: nothing in the weights tells these apart from another base.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jdetune.noise import as_merged, pair_edge, spacing
+from jdetune.solvers.intersection import MERGE_ARITHMETIC
+from jdetune.stack import storage_dtypes
+from jdetune.types import Array
+
+#: Models by base: indices, the largest group first.
+Groups: TypeAlias = tuple[tuple[int, ...], ...]
+
+#: Three equal ranks must fit the smaller side, so two take up two thirds of it at most.
+RELATED_SHARE = 2 / 3
+#: What the low rank of two related models leaves over is within this many times the rounding error.
+RELATED_TAIL = 2.5
+#: Rows and columns that are looked at: as many drawn ones show the same rank.
+SIDE = 1024
+#: References without a relative after which no further one is tried.
+GIVE_UP = 4
+
+
+def split_by_base(stack: Float[Array, "model row col"]) -> Groups:
+    """Groups models by base, as one layer shows it.
+
+    Every model is compared with one reference, those that do not match it with the first of
+    themselves, and so on: the work is linear in the number of models and in that of bases.
+
+    Args:
+      stack: merged weights of one layer, finite.
+
+    Returns:
+      Indices of models by base, the largest group first; a model without a relative is alone.
+
+    Example:
+      >>> from jdetune import synth
+      >>> one, two = (synth.family(3, 48, 40, 2, seed=s).merged for s in (1, 2))
+      >>> split_by_base(np.concatenate([one, two[:1]]))
+      ((0, 1, 2), (3,))
+    """
+    host = _sample(np.asarray(stack))
+    storage = storage_dtypes(host)
+    groups: list[tuple[int, ...]] = []
+    rest = list(range(len(host)))
+    while rest:
+        if len(groups) == GIVE_UP and max(map(len, groups)) == 1:
+            groups += [(model,) for model in rest]
+            break
+        first, *others = rest
+        mates = [m for m in others if related(host[[first, m]], (storage[first], storage[m]))]
+        groups.append((first, *mates))
+        rest = [model for model in others if model not in mates]
+    return tuple(sorted(groups, key=lambda group: (-len(group), group)))
+
+
+def related(pair: Float[np.ndarray, "2 row col"], storage: Sequence[str]) -> bool:
+    """Whether two models differ by low rank and rounding, on the host in float64.
+
+    Args:
+      pair: both as stored, finite.
+      storage: dtype that each was rounded to.
+    """
+    difference = pair[0].astype(np.float64) - pair[1].astype(np.float64)
+    rounding = np.asarray(spacing(as_merged(jnp.asarray(pair), storage)), np.float64)
+    variance = np.sum(rounding**2, axis=0) / 12 + MERGE_ARITHMETIC * difference**2
+    values = np.linalg.svd(difference, compute_uv=False)
+    weak = values[values <= float(pair_edge(jnp.asarray(variance, jnp.float32)))]
+    fits = len(values) - len(weak) <= RELATED_SHARE * len(values)
+    return fits and float(np.sum(weak**2)) <= RELATED_TAIL**2 * float(np.sum(variance))
+
+
+def solvable(groups: Groups) -> bool:
+    """Whether one group has three models or more and nobody else has a relative.
+
+    Example:
+      >>> solvable(((0, 1, 3), (2,))), solvable(((0, 1, 2), (3, 4))), solvable(((0, 1), (2,)))
+      (True, False, False)
+    """
+    return len(groups[0]) >= 3 and all(len(group) == 1 for group in groups[1:])
+
+
+def labels(groups: Groups) -> np.ndarray:
+    """Number of each model's group, [model].
+
+    Example:
+      >>> labels(((0, 1, 3), (2,))).tolist()
+      [0, 0, 1, 0]
+    """
+    found = np.zeros(sum(map(len, groups)), np.int32)
+    for number, group in enumerate(groups):
+        found[list(group)] = number
+    return found
+
+
+def _sample(stack: np.ndarray) -> np.ndarray:
+    """At most ``SIDE`` rows and columns, drawn once for all models."""
+    draw = np.random.default_rng(0)
+    for axis in (1, 2):
+        size = stack.shape[axis]
+        if size > SIDE:
+            chosen = np.sort(draw.choice(size, SIDE, replace=False))
+            stack = np.take(stack, chosen, axis=axis)
+    return stack

@@ -1,0 +1,234 @@
+"""Recovers the planned matrices of checkpoints, and leaves out models of another base."""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jdetune import explain
+from jdetune.checkpoint.adapter_reader import merge_peft
+from jdetune.checkpoint.manifest import Plan, TensorPlan, make_plan, read_stack, select
+from jdetune.checkpoint.reader import raw_bytes
+from jdetune.checkpoint.stacks import factors_of
+from jdetune.errors import InputError
+from jdetune.repair import NO_UPDATE
+from jdetune.report import TensorResult
+from jdetune.result import Recovery
+from jdetune.status import Status
+
+#: Called with a stage's name, what is done and what there is to do.
+Progress = Callable[[str, int, int], None]
+#: ``jdetune.recover`` for a mapping of names.
+RecoverFn = Callable[..., Mapping[str, Recovery]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to run.
+
+    Attributes:
+      solver: a solver of ``jdetune.solvers``; None for the default.
+      include: regular expression; only matching matrices are recovered.
+      exclude: regular expression; matching matrices are left out.
+      overwrite: replace a former output.
+      command: what to name in the report as the command.
+    """
+
+    solver: Any = None
+    include: str | None = None
+    exclude: str | None = None
+    overwrite: bool = False
+    command: str = "jdetune.pipeline.run"
+
+
+def solve_one_base(
+    plan: Plan,
+    options: Options,
+    progress: Progress | None = None,
+    recover_fn: RecoverFn | None = None,
+) -> tuple[Plan, list[TensorResult], list[str]]:
+    """Recovers the planned matrices; a model that belongs to none of them is left out altogether.
+
+    Returns:
+      The plan that holds in the end (of the models that share a base), what came of every tensor,
+      and what was repaired, in words.
+    """
+    results, notes = solve(plan, options, progress, recover_fn)
+    lines = explain.repairs(notes, sum(r.status == "recovered" for r in results))
+    strangers = _strangers(plan, results)
+    if not strangers:
+        return plan, results, lines
+    # the base is written like the first model that has it, and votes are taken without strangers
+    places = [i for i, c in enumerate(plan.checkpoints) if c.name not in strangers]
+    wanted = select(options.include, options.exclude)
+    rest = make_plan([plan.checkpoints[i] for i in places], wanted)
+    good = [r for r in results if r.recovery is not None and r.status == "recovered"]
+    known = {r.plan.name: _of_models(r, places) for r in good}
+    results, notes = solve(rest, options, progress, recover_fn, known)
+    reasons = [(name, next(t for t in lines if t.startswith(f"{name} "))) for name in strangers]
+    lines += explain.repairs(notes, len(results))
+    rest = dataclasses.replace(
+        rest,
+        duplicates=plan.duplicates,
+        warnings=(*(text for _, text in plan.left_out), *rest.warnings),
+        left_out=(*plan.left_out, *reasons),
+    )
+    return rest, results, lines
+
+
+def solve(
+    plan: Plan,
+    options: Options,
+    progress: Progress | None = None,
+    recover_fn: RecoverFn | None = None,
+    known: Mapping[str, TensorResult] | None = None,
+) -> tuple[list[TensorResult], list[explain.Note]]:
+    """Recovers the planned matrices, one group in memory at a time, but for those already known."""
+    recover = recover_fn or default_recover
+    known = known or {}
+    solved: dict[str, TensorResult] = {}
+    notes: list[explain.Note] = []
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    groups = [[name for name in group if name not in known] for group in plan.groups]
+    total = sum(map(len, groups))
+    seen = [plan.checkpoints[i] for i in plan.solved]
+    rows = [plan.solved.index(i) for i in plan.alike]
+    names = [c.name for c in plan.checkpoints]
+    for group in filter(None, groups):
+        before = len(solved)
+        clock = time.monotonic()
+        stacks = {name: read_stack(seen, name) for name in group}
+
+        def step(done: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress("recover", before + done, total)
+
+        try:
+            found = recover(stacks, solver=options.solver, progress=step)
+        except ValueError as error:
+            raise InputError(f"{group[0]} ({len(group)} of its shape): {error}") from error
+        seconds = (time.monotonic() - clock) / len(group)
+        for name in group:
+            host = _of_all_models(_to_host(found[name]), rows)
+            stack, groups_ = stacks[name][rows], _base_groups(host)
+            code = Status(int(host.status))
+            repaired = code.has_base and groups_.any()
+            own = explain.notes_of(name, groups_, stack, names) if repaired else []
+            text = [] if code is Status.OK else [explain.failure(code, groups_, stack, names)]
+            text += [f"{note.model} {note.text}" for note in own]
+            result = _result(planned[name], host, stack, options, seconds)
+            solved[name] = dataclasses.replace(result, reason=" ".join(text) or None)
+            notes += own
+        if progress is not None:
+            progress("recover", len(solved), total)
+    results = []
+    for tensor in plan.tensors:
+        earlier = known.get(tensor.name) if tensor.action == "recover" else None
+        kept = None if earlier is None else dataclasses.replace(earlier, plan=tensor)
+        results.append(solved.get(tensor.name) or kept or _copied(tensor))
+    return results, notes
+
+
+def default_recover(stacks: Mapping[str, np.ndarray], **options: Any) -> Mapping[str, Recovery]:
+    """``jdetune.recover`` for models known to be distinct, imported when it is needed."""
+    from jdetune.recovery import recover
+
+    with warnings.catch_warnings():  # said with the models' names later
+        warnings.simplefilter("ignore", explain.RepairWarning)
+        # duplicates are known from whole checkpoints; equal in one group only, models have rank 0
+        return recover(stacks, drop_duplicates=False, **options)
+
+
+def _to_host(found: Recovery) -> Recovery:
+    import jax
+
+    return jax.tree.map(np.asarray, found)
+
+
+def _of_all_models(found: Recovery, rows: Sequence[int]) -> Recovery:
+    """Ranks, factors and groups of these models, from those of the models that the solver saw."""
+    left, right = found.adapters.left[list(rows)], found.adapters.right[list(rows)]
+    factors = dataclasses.replace(found.adapters, left=left, right=right)
+    stats = {**found.stats, "base_group": _base_groups(found)[list(rows)]}
+    return dataclasses.replace(found, ranks=found.ranks[list(rows)], adapters=factors, stats=stats)
+
+
+def _of_models(result: TensorResult, places: Sequence[int]) -> TensorResult:
+    """A result for some of its models."""
+    match = result.remerge_match
+    return dataclasses.replace(
+        result,
+        recovery=None if result.recovery is None else _of_all_models(result.recovery, places),
+        remerge_match=None if match is None else tuple(match[i] for i in places),
+    )
+
+
+def _base_groups(found: Recovery) -> np.ndarray:
+    """Each model's ``base_group``: 0 where the base was solved from it."""
+    nothing = np.zeros(len(np.asarray(found.ranks)), np.int32)
+    return np.asarray(found.stats.get("base_group", nothing)).astype(np.int32)
+
+
+def _strangers(plan: Plan, results: Sequence[TensorResult]) -> list[str]:
+    """Models that have another base in every matrix that was recovered."""
+    groups = [_base_groups(r.recovery) for r in results if r.recovery and r.status == "recovered"]
+    alone = np.all(np.array(groups) > 0, axis=0) if groups else ()
+    return [c.name for c, yes in zip(plan.checkpoints, alone, strict=bool(groups)) if yes]
+
+
+def left_out_of(
+    results: Sequence[TensorResult], model: int, damaged: bool = False
+) -> tuple[str, ...]:
+    """Recovered matrices in which a model has another base.
+
+    Args:
+      results: what came of the tensors.
+      model: index of the model.
+      damaged: also those in which too much of it is not finite.
+    """
+    names = []
+    for result in results:
+        if result.recovery is not None and result.status == "recovered":
+            group = _base_groups(result.recovery)[model]
+            if group > 0 or (damaged and group == NO_UPDATE):
+                names.append(result.plan.name)
+    return tuple(names)
+
+
+def _result(
+    plan: TensorPlan, found: Recovery, stack: np.ndarray, options: Options, seconds: float
+) -> TensorResult:
+    code = Status(int(found.status))
+    return TensorResult(
+        plan=plan,
+        status="recovered" if code.has_base else "failed",
+        recovery=found,
+        method="SubspaceIntersection" if options.solver is None else type(options.solver).__name__,
+        remerge_match=_remerge_match(found, stack) if code.has_base else None,
+        seconds=seconds,
+        base_dtype=str(np.asarray(found.base).dtype) if code.has_base else None,
+    )
+
+
+def _remerge_match(found: Recovery, stack: np.ndarray) -> tuple[float, ...]:
+    """Share of elements a model where merging base and factors gives the stored value."""
+    matches = []
+    for i, merged in enumerate(stack):
+        left, right = factors_of({"": found}, i)[""]
+        again = merge_peft(np.asarray(found.base), left, right).astype(merged.dtype)
+        matches.append(float(np.mean(raw_bits(again) == raw_bits(merged))))
+    return tuple(matches)
+
+
+def raw_bits(array: np.ndarray) -> np.ndarray:
+    """The elements as integers of their own width."""
+    return raw_bytes(array).view(f"u{array.dtype.itemsize}")
+
+
+def _copied(plan: TensorPlan) -> TensorResult:
+    status = plan.action
+    dtype = plan.dtype if plan.source is not None else None
+    return TensorResult(plan=plan, status=status, base_dtype=dtype)
