@@ -93,24 +93,30 @@ def own_update(
     if found.rows.all():
         return None
     finite = np.isfinite(model.astype(np.float32))
+    # of what is there: the base may lie on a coarser grid, what fills the holes is on none
+    (storage,) = storage_dtypes(np.where(finite, model, 0).astype(model.dtype)[None])
     filled = np.where(finite, model, base)
     if found.scattered.any():
         by_row = found.scattered.any(axis=1).sum() <= found.scattered.any(axis=0).sum()
         if by_row:
-            filled = _fill(filled, base, found.scattered, found.cols, dtype)
+            filled = _fill(filled, base, found.scattered, found.cols, storage, dtype)
         else:
-            filled = _fill(filled.T, base.T, found.scattered.T, found.rows, dtype).T
-        (storage,) = storage_dtypes(np.where(finite, model, 0).astype(model.dtype)[None])
-        filled = np.where(found.scattered, filled.astype(storage), filled).astype(base.dtype)
-    return _factors(filled, base, dtype)
+            turned = (filled.T, base.T, found.scattered.T)
+            filled = _fill(*turned, found.rows, storage, dtype).T
+    return _factors(filled, base, storage, dtype)
 
 
 def _fill(
-    filled: np.ndarray, base: np.ndarray, missing: np.ndarray, lost: np.ndarray, dtype: jnp.dtype
+    filled: np.ndarray,
+    base: np.ndarray,
+    missing: np.ndarray,
+    lost: np.ndarray,
+    storage: str,
+    dtype: jnp.dtype,
 ) -> np.ndarray:
     """Completes rows from the row space of those that miss nothing, by least squares."""
     broken = np.any(missing, axis=1)
-    known = _factors(np.where(broken[:, None], base, filled), base, dtype)
+    known = _factors(np.where(broken[:, None], base, filled), base, storage, dtype)
     if known is None:
         return filled
     space, filled = known[1].T.astype(np.float64), filled.copy()
@@ -130,11 +136,11 @@ def _factor(weights: Merged, width: int, dtype: jnp.dtype) -> tuple[PairFactors,
 
 
 def _factors(
-    model: np.ndarray, base: np.ndarray, dtype: jnp.dtype
+    model: np.ndarray, base: np.ndarray, storage: str, dtype: jnp.dtype
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Balanced factors of a model's difference from the base; None if it is not low rank."""
     trio = np.stack([base, model, base])  # factor_pairs wants three; pair 0 is base minus model
-    weights = as_merged(jnp.asarray(trio), storage_dtypes(trio))
+    weights = as_merged(jnp.asarray(trio), [storage] * 3)
     smaller = min(model.shape)
     width = min(FIRST_WIDTH, smaller)
     with linalg.scope(dtype):

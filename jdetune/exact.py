@@ -35,10 +35,10 @@ GROWTH = 0.01
 WIDE = 0.8
 #: Coarser grids that a base may lie on, finest first, by the widest dtype of the models.
 COARSER = {"float32": ("float16", "bfloat16"), "float16": ("bfloat16",), "bfloat16": ()}
-#: Share of a base that may be off a grid it is said to lie on, and the factor on the variance of
-#: the estimate that leaves room for amplified noise.
+#: Share of a base that may be off a grid it is said to lie on, and the amplification of the noise
+#: that there is room for where it is not known.
 ON_GRID = 0.01
-CAUTION_GRID = 25.0
+CAUTION_GRID = 5.0
 #: A base is finer than its 16-bit models above this share off their grid, with residuals this near
 #: to the rounding error.
 OFF_GRID = 0.7
@@ -176,7 +176,7 @@ def find_grid(
       base: estimated base.
       variance: of the estimate, if the updates were known.
       finest: widest dtype of the models, taken where no coarser grid fits.
-      known_amplification: of the noise; None where nothing finer is looked for.
+      known_amplification: of the noise; None if it is not known, then no finer grid is found.
       residual_ratio: rms of the residuals over that of the rounding error.
 
     Returns:
@@ -187,8 +187,9 @@ def find_grid(
         off = off_grid(base, variance * jnp.square(known_amplification), grid(finest))
         usual = jnp.abs(residual_ratio - 1) < USUAL_RESIDUAL
         found = jnp.where((off > OFF_GRID) & jnp.isfinite(off) & usual, 0, found).astype(jnp.int32)
+    room = jnp.square(CAUTION_GRID if known_amplification is None else known_amplification)
     for name in COARSER[finest]:
-        fits = off_grid(base, variance * CAUTION_GRID, grid(name)) < ON_GRID
+        fits = off_grid(base, variance * room, grid(name)) < ON_GRID
         found = jnp.where(fits, jnp.int32(STORAGE_DTYPES.index(name)), found)
     return found
 

@@ -96,7 +96,7 @@ def _factor(
     return jax.vmap(run)(weights)
 
 
-@functools.partial(jax.jit, static_argnames=("max_rank", "solver", "finest"))
+@functools.partial(jax.jit, static_argnames=("max_rank", "solver", "finest", "mixed"))
 def _intersect(
     weights: Merged,
     factors: PairFactors,
@@ -104,6 +104,7 @@ def _intersect(
     max_rank: int,
     solver: SubspaceIntersection,
     finest: str,
+    mixed: bool,
 ) -> dict[str, Array]:
     def one(weights: Merged, factors: PairFactors, scales: Scales) -> dict[str, Array]:
         found = intersection.intersect(weights, factors, scales, max_rank, solver.rank)
@@ -124,7 +125,7 @@ def _intersect(
         )
         if solver.base_dtype == "auto":
             amplification = None
-            if finest != "float32":
+            if mixed or finest != "float32":
                 active = jnp.arange(max_rank, dtype=jnp.int32) < found.ranks[:, None]
                 nothing = jnp.zeros(base.shape, bool)
                 amplification = certificate.spread(
@@ -236,7 +237,9 @@ def intersect_group(
             solved = {}
             if any(fits):
                 max_rank = _rank_axis(triples[fits], width)
-                found = _intersect(weights, factors, scales, max_rank, solver, finest)
+                found = _intersect(
+                    weights, factors, scales, max_rank, solver, finest, len(set(names)) > 1
+                )
                 solved = {name: np.asarray(value) for name, value in found.items()}
         if not all(fits):
             width = start

@@ -44,17 +44,19 @@ def solve_group(
     finite = [finite_models(stack) for stack in stacks]
     whole = [stack for stack, good in zip(stacks, finite, strict=True) if good.all()]
     batch = run(whole) if whole else iter(())
-    several = False  # bases in an earlier layer: the batch is given up, and bases come first
+    known: set[tuple[int, ...]] = set()
     for stack, good in zip(stacks, finite, strict=True):
         if not good.all():
             yield _without_damaged(np.asarray(stack), good, run, dtype, low_rank)
             continue
-        result = _by_base(stack, run) if several else None
+        # groups that made the ordinary solve fail will do so again: such layers go without it,
+        # and then one by one
+        result = _by_base(stack, run, known) if known else None
         if result is None:
-            result = next(run([stack])) if several else next(batch)
+            result = next(run([stack])) if known else next(batch)
             result = _one_base(stack, result, run, low_rank)
-        if result.status in (Status.OK, Status.NOT_LOW_RANK):
-            several |= bool(group_of(result).any())
+            if result.status in (Status.OK, Status.NOT_LOW_RANK) and group_of(result).any():
+                known.add(tuple(group_of(result).tolist()))
         yield result
 
 
@@ -74,12 +76,14 @@ def _one_base(stack: Array, result: LayerResult, run: Run, low_rank: bool) -> La
     return _labelled(result, group_of(again))
 
 
-def _by_base(stack: Array, run: Run) -> LayerResult | None:
-    """A solve without strangers, or a refusal; None if all models seem to share one base."""
+def _by_base(
+    stack: Array, run: Run, known: set[tuple[int, ...]] | None = None
+) -> LayerResult | None:
+    """A solve without strangers, or a refusal; None if there is one base, or no known groups."""
     split = split_by_base(stack)
-    if len(split) == 1:
-        return None
     groups = labels(split)
+    if len(split) == 1 or (known is not None and tuple(groups.tolist()) not in known):
+        return None
     if not solvable(split):
         return _labelled(failed(stack, Status.NOT_LOW_RANK), groups)
     kept = np.flatnonzero(groups == 0)

@@ -59,6 +59,7 @@ def test_a_lost_row_or_column_is_zero_and_the_rest_is_the_update():
     rows, cols = np.arange(48) != 3, np.arange(40) != 7
     model, base, truth = damaged([np.s_[3], np.s_[:, 7]])
     found = own_update(model, base, FLOAT64)
+    assert found is not None
     # one rounding of values below 0.1 is 2e-9 rms; the update takes up a fraction of it
     assert error(found, truth, np.ix_(rows, cols)) < 2e-9
     assert not (found[0] @ found[1])[3].any()
@@ -66,7 +67,12 @@ def test_a_lost_row_or_column_is_zero_and_the_rest_is_the_update():
 
 
 @pytest.mark.parametrize(
-    "where", [[np.s_[3, 4]], [np.s_[3, :6], np.s_[20, 9]], [np.s_[5:17, 2], np.s_[8, 30]]]
+    "where",
+    [
+        [np.s_[3, 4]],
+        [np.s_[3, :6], np.s_[20, 9]],
+        [np.s_[:24, 2], np.s_[24:, 30]],  # no row is whole, 38 columns are
+    ],
 )
 def test_single_elements_follow_from_the_others(where):
     model, base, truth = damaged(where)
@@ -85,6 +91,22 @@ def test_sixteen_bits(saved):
     found = own_update(model.astype(saved), base.astype(saved), FLOAT64)
     rows = np.arange(48) != 6
     assert error(found, truth, rows) < 5e-5  # one rounding of bfloat16 at 0.02
+
+
+@pytest.mark.parametrize("coarse", ["base", "model"])
+def test_the_rounding_error_is_that_of_the_model(coarse):
+    """A base on a coarser grid is exact, and what is put in for a hole is on no grid."""
+    family = synth.family(1, 48, 40, 3, update_rms=5e-3)
+    base, model = family.base, family.merged[0]
+    if coarse == "base":
+        base = base.astype("bfloat16").astype(np.float32)
+        model = synth.merge(base, family.left[0], family.right[0])
+    else:
+        model = model.astype("bfloat16").astype(np.float32)
+    model[3, 4] = np.nan
+    found = own_update(model, base, FLOAT64)
+    limit = 1e-8 if coarse == "base" else 5e-5  # one rounding of the model
+    assert error(found, family.left[0] @ family.right[0], np.s_[:]) < limit
 
 
 @pytest.mark.parametrize("case", ["all lost", "not low rank", "holes in every row"])

@@ -9,9 +9,9 @@ from jdetune.foreign import labels, solvable, split_by_base
 SIXTEEN = ("float16", "bfloat16")
 
 
-def models(count, seed, dtype="float32", rank=2, row=48, col=40):
+def models(count, seed, dtype="float32"):
     rms = 1e-3 if dtype == "float32" else 5e-3
-    return synth.family(count, row, col, rank, seed, dtype, update_rms=rms).merged
+    return synth.family(count, 48, 40, 2, seed, dtype, update_rms=rms).merged
 
 
 @pytest.mark.parametrize("dtype", ["float32", *SIXTEEN])
@@ -37,7 +37,7 @@ def test_solvable_is_one_large_group_and_nobody_else_in_company():
 
 
 def test_one_base_with_mixed_ranks_or_equal_models_is_one_group():
-    assert len(split_by_base(models(5, 1, rank=[0, 12, 1, 3, 0]))) == 1
+    assert len(split_by_base(synth.family(5, 48, 40, [0, 12, 1, 3, 0]).merged)) == 1
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN)

@@ -66,15 +66,11 @@ def test_several_strangers_are_left_out_where_three_models_remain():
 def test_a_full_fine_tune_and_a_model_of_too_large_a_rank_are_left_out():
     rng = np.random.default_rng(0)
     full = GOOD.merged[:1] + (1e-3 * rng.standard_normal((1, *SHAPE))).astype(np.float32)
-    large = synth.merge(GOOD.base, *(part[0] for part in tall(GOOD.base, 38)))
-    for stranger in (full, large[None]):
+    tall = synth.family(1, *SHAPE, 33, seed=3)
+    large = synth.merge(GOOD.base, tall.left[0], tall.right[0])[None]
+    for stranger in (full, large):
         found = repaired(np.concatenate([GOOD.merged, stranger]), "model 4 was left out")
         assert found.ranks.tolist() == [4, 4, 4, 4, 0]
-
-
-def tall(base, rank):
-    family = synth.family(1, *base.shape, rank, seed=3)
-    return family.left, family.right
 
 
 def test_only_the_layer_that_differs_leaves_a_model_out():
@@ -115,6 +111,24 @@ def test_later_layers_do_without_the_ordinary_solve(monkeypatch):
     with pytest.warns(RepairWarning, match="every tensor solved .3.: "):
         jdetune.recover(np.stack([stack] * 3), PLAIN)
     assert runs == [5, 4, 4, 4]
+    runs.clear()
+    groups = np.concatenate([GOOD.merged[:3], OTHER.merged[:2]])
+    found = jdetune.recover(np.stack([groups] * 3), PLAIN)
+    assert set(found.status.tolist()) == {Status.NOT_LOW_RANK}
+    assert runs == [5]
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_a_large_rank_that_fits_is_no_stranger_after_an_odd_layer(count):
+    """Ranks of 29 together look like no relatives, but all three fit into 40."""
+    large = synth.family(count, *SHAPE, [27] + [2] * (count - 1)).merged
+    odd = GOOD.merged[:count].copy()
+    odd[-1] = OTHER.merged[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RepairWarning)
+        found = jdetune.recover(np.stack([odd, large]), PLAIN)
+    assert found.status.tolist() == [Status.NOT_LOW_RANK if count == 3 else Status.OK, Status.OK]
+    assert found.ranks[1].tolist() == [27] + [2] * (count - 1)
 
 
 def test_nothing_is_compared_where_the_ordinary_solve_succeeds(monkeypatch):
@@ -322,8 +336,8 @@ def test_chained_merges_are_rounded_twice(count, dtype, seed):
     first = synth.family(count, *SHAPE, 2, seed, dtype, update_rms=rms)
     second = synth.family(count, *SHAPE, 2, seed + 100, dtype, update_rms=rms)
     merged = [
-        synth.merge(weights, *factors)
-        for weights, *factors in zip(first.merged, second.left, second.right, strict=True)
+        synth.merge(weights, left, right)
+        for weights, left, right in zip(first.merged, second.left, second.right, strict=True)
     ]
     found = jdetune.recover(np.stack(merged), PLAIN)
     assert found.ok

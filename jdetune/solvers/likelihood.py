@@ -69,7 +69,7 @@ def weighted_base(
 
     Summed relative to the first model, so that nothing is lost to the size of the weights.
     """
-    values = as_merged(weights).values
+    values = jnp.asarray(as_merged(weights).values)
     dtype = variance.dtype
     reference = values[0].astype(dtype)
 

@@ -1,0 +1,138 @@
+"""The certificate against dense covariances and against the truth, where it is known."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jdetune
+from jdetune import certificate, linalg, synth
+from jdetune.noise import fit_variance, merge_variance
+from jdetune.solvers.intersection import noise_scales
+from jdetune.status import Status
+from tests import reference
+
+FLOAT64 = jnp.dtype("float64")
+
+
+def dense_errors(family, variance):
+    """Root of the mean of total weight times variance of the base: amplification, by brute force.
+
+    The Jacobian of all updates and the base; the covariance of the least-squares fit is the
+    pseudoinverse of its normal matrix.
+    """
+    n, row, col = family.merged.shape
+    weight = 1 / np.sqrt(variance)
+    columns = []
+    for i in range(n):
+        b, a = family.left[i].astype(np.float64), family.right[i].astype(np.float64)
+        for k in range(b.shape[1]):
+            for x in range(row):
+                block = np.zeros((n, row, col))
+                block[i, x] = a[k]
+                columns.append((weight * block).ravel())
+            for y in range(col):
+                block = np.zeros((n, row, col))
+                block[i, :, y] = b[:, k]
+                columns.append((weight * block).ravel())
+    jacobian = np.stack(columns, 1)
+    base = np.zeros((n, row * col, row * col))
+    base[:, np.arange(row * col), np.arange(row * col)] = 1
+    base = (base * weight.reshape(n, -1, 1)).reshape(-1, row * col)
+    own, size = np.linalg.qr(base)
+    rest = jacobian - own @ (own.T @ jacobian)
+    normal = np.linalg.pinv(rest.T @ rest, rcond=1e-9)
+    moved = np.linalg.solve(size, own.T @ jacobian)
+    through = np.einsum("ij,jk,ik->i", moved, normal, moved)
+    total = (weight**2).sum(0).ravel()
+    return np.sqrt(np.mean(1 + total * through))
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_amplification_is_that_of_the_dense_normal_matrix(n):
+    family = synth.family(n, 18, 14, 2, seed=4, decay=0.5)
+    with linalg.scope(FLOAT64):
+        left, right = (jnp.asarray(np.stack(x), FLOAT64) for x in (family.left, family.right))
+        variance = fit_variance(merge_variance(family.merged, left, right))
+        found = certificate.spread(
+            family.merged,
+            left,
+            right,
+            jnp.ones((n, 2), bool),
+            noise_scales(family.merged, FLOAT64),
+            jnp.zeros((18, 14), bool),
+        )
+    exact = dense_errors(family, np.asarray(variance))
+    assert exact > 1.1
+    # one replicate of about 200 numbers
+    assert float(found.amplification) == pytest.approx(exact, rel=0.2)
+
+
+def near_shared(angle, seed):
+    """Four models whose row spaces lie within about that angle of each other."""
+    rng = np.random.default_rng(seed)
+    row, col, rank = 96, 80, 4
+    base = (0.02 * rng.standard_normal((row, col))).astype(np.float32)
+    common = np.linalg.qr(rng.standard_normal((col, rank)))[0]
+    merged = []
+    for _ in range(4):
+        v = np.linalg.qr(common + angle / 9 * rng.standard_normal((col, rank)))[0]
+        update = rng.standard_normal((row, rank)) @ v.T
+        update *= 1e-3 * np.sqrt(row * col) / np.linalg.norm(update)
+        merged.append(base + update.astype(np.float32))
+    return base, np.stack(merged)
+
+
+@pytest.mark.parametrize("angle", [1e-1, 1e-2, 1e-3])
+def test_error_and_amplification_where_directions_are_nearly_shared(angle):
+    base, merged = near_shared(angle, 8)
+    found = jdetune.recover(merged)
+    assert found.ok
+    true = reference.log_mse(found.base, base)
+    assert float(found.predicted_error) == pytest.approx(true, abs=0.4)
+    assert float(found.amplification) > 0.15 / angle
+    assert not (found.certain & (found.base != base)).any()
+    words = certificate.verdict(Status.OK, float(found.exact_fraction), float(found.amplification))
+    assert words.startswith("amplified by" if angle < 0.05 else ("amplified", "at the floor"))
+
+
+@pytest.mark.parametrize("seed", [21, 22])
+def test_predicts_the_error_of_the_base_as_returned(seed):
+    family = synth.family(4, 96, 80, 4, seed=seed)
+    found = jdetune.recover(family.merged)
+    true = reference.log_mse(found.base, family.base)
+    assert float(found.predicted_error) == pytest.approx(true, abs=0.3)
+    same = found.base == family.base
+    assert float(found.exact_fraction) == pytest.approx(same.mean(), abs=0.02)
+    assert 1 <= float(found.amplification) < 1.5
+    assert not (found.certain & ~same).any()
+    assert found.certain.mean() > 0.7
+
+
+def test_a_base_no_better_than_the_mean_says_so():
+    """Nearly shared directions amplify the rounding beyond the size of the updates."""
+    rng = np.random.default_rng(3)
+    row, col, rank = 96, 80, 4
+    base = (0.02 * rng.standard_normal((row, col))).astype(np.float32)
+    u0, v0 = (np.linalg.qr(rng.standard_normal((side, rank)))[0] for side in (row, col))
+    merged = []
+    for _ in range(4):
+        u, v = (np.linalg.qr(x + 3e-3 * rng.standard_normal(x.shape))[0] for x in (u0, v0))
+        update = u @ rng.standard_normal((rank, rank)) @ v.T
+        update *= 1e-7 * np.sqrt(row * col) / np.linalg.norm(update)
+        merged.append(base + update.astype(np.float32))
+    found = jdetune.recover(np.stack(merged))
+    assert Status(int(found.status)) in (Status.NOISE_DOMINATED, Status.SHARED_DIRECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("status", "exact", "amplification", "words"),
+    [
+        (Status.OK, 1.0, 1.2, "exact"),
+        (Status.OK, 0.97, 1.2, "at the floor"),
+        (Status.OK, 0.4, 23.9, "amplified by 24"),
+        (Status.SHARED_DIRECTIONS, np.nan, np.nan, "not identifiable"),
+        (Status.NOT_LOW_RANK, np.nan, np.nan, "failed"),
+    ],
+)
+def test_verdict_in_words(status, exact, amplification, words):
+    assert certificate.verdict(status, exact, amplification) == words
