@@ -1,6 +1,5 @@
 """Solves a group of same-shaped layers: host loops around the compiled solvers."""
 
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,14 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
 
-from jdetune import certificate, exact, linalg
-from jdetune.factors import balanced_factors
+from jdetune import linalg, programs
 from jdetune.noise import Merged, as_merged
 from jdetune.ranks import plan_pairs
-from jdetune.solvers import intersection, likelihood, spectral
-from jdetune.solvers.intersection import PairFactors, Scales, SubspaceIntersection
+from jdetune.solvers.intersection import SubspaceIntersection
 from jdetune.solvers.spectral import SpectralDeTuning
 from jdetune.stack import storage_dtypes
 from jdetune.status import Status
@@ -37,26 +33,10 @@ UNREFINED_RESIDUAL_LIMIT = 30.0
 CONVERGED_RATIO = {"float64": 2.0, "float32": 4.0}
 #: A predicted error above this share of the mean of the models' says that solving did not help.
 NO_BETTER = 0.9
-#: Figures of a solution that become its ``stats``.
-CLOSED_FORM = (
-    "residual_ratio",
-    "tail_ratio",
-    "rank_gap",
-    "shared_margin",
-    "conditioning",
-    "detection_floor",
-    "ranks",
-)
-CERTIFIED = (
-    "iterations",
-    "amplification",
-    "expected_error",
-    "mean_error",
-    "exact_fraction",
-    "ambiguous_fraction",
-    "rounds",
-    "slack",
-)
+#: Iterations where the ranks of three models do not fit the shape.
+LARGE_STEPS = 5000
+#: Amplification from which a base counts as not identifiable.
+UNIDENTIFIABLE = 1e4
 #: Merged weights that the iterative solver works on at a time, in bytes of float32.
 ITERATED_BYTES = 2**29
 
@@ -86,104 +66,6 @@ def failed(stack: np.ndarray | Array, status: Status) -> LayerResult:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("width", "dtype", "batch_size"))
-def _factor(
-    weights: Merged, width: int, dtype: jnp.dtype, batch_size: int
-) -> tuple[PairFactors, Scales]:
-    run = functools.partial(
-        intersection.factor_pairs, width=width, dtype=dtype, batch_size=batch_size
-    )
-    return jax.vmap(run)(weights)
-
-
-@functools.partial(jax.jit, static_argnames=("max_rank", "solver", "finest", "mixed"))
-def _intersect(
-    weights: Merged,
-    factors: PairFactors,
-    scales: Scales,
-    max_rank: int,
-    solver: SubspaceIntersection,
-    finest: str,
-    mixed: bool,
-) -> dict[str, Array]:
-    def one(weights: Merged, factors: PairFactors, scales: Scales) -> dict[str, Array]:
-        found = intersection.intersect(weights, factors, scales, max_rank, solver.rank)
-        left, right = linalg.matmul(found.left, found.core), jnp.swapaxes(found.right, 1, 2)
-        fields = {name: getattr(found, name) for name in (*CLOSED_FORM, "agree", "shared")}
-        if not solver.polish:
-            base = found.base.astype(finest)
-            return {**fields, "base": base, **_balanced(left, right, found.ranks)}
-        rule = solver.rounding
-        likely, base, variance, ratio = likelihood.most_likely(
-            weights,
-            left,
-            right,
-            found.ranks,
-            scales,
-            rounding=rule,
-            conditioning=found.conditioning,
-        )
-        if solver.base_dtype == "auto":
-            amplification = None
-            if mixed or finest != "float32":
-                active = jnp.arange(max_rank, dtype=jnp.int32) < found.ranks[:, None]
-                nothing = jnp.zeros(base.shape, bool)
-                amplification = certificate.spread(
-                    weights,
-                    likely.left,
-                    likely.right,
-                    active,
-                    scales,
-                    nothing,
-                    rule,
-                    found.conditioning,
-                ).amplification.astype(base.dtype)
-            grid = exact.find_grid(base, variance, finest, amplification, ratio)
-        else:
-            grid = jnp.int32(STORAGE_DTYPES.index(solver.base_dtype))
-        grids = [exact.grid(name) for name in STORAGE_DTYPES]
-        on = jax.tree.map(lambda *parts: jnp.stack(parts)[grid], *grids)
-        final = exact.resolve(
-            weights,
-            likely.left,
-            likely.right,
-            found.ranks,
-            scales,
-            on,
-            ratio,
-            rule,
-            found.conditioning,
-        )
-        snapped = final.snapped
-        certain = snapped.wrong < exact.certain_below(final.amplification)
-        return {
-            **fields,
-            **_balanced(final.left, final.right, found.ranks),
-            "base": snapped.base.astype(jnp.float32),
-            "grid": grid,
-            "certain": certain,
-            "residual_ratio": ratio,
-            "iterations": likely.steps + final.steps,
-            "rounds": likely.rounds + final.rounds,
-            "amplification": final.amplification,
-            "slack": jnp.max(final.slack),
-            "expected_error": jnp.mean(snapped.error),
-            "mean_error": snapped.mean_error,
-            "exact_fraction": 1 - jnp.mean(snapped.wrong, dtype=base.dtype),
-            "ambiguous_fraction": 1 - jnp.mean(certain, dtype=base.dtype),
-        }
-
-    return jax.vmap(one)(weights, factors, scales)
-
-
-def _balanced(left: Array, right: Array, ranks: Array) -> dict[str, Array]:
-    """Factors in the form that ``Adapters`` promises, float32."""
-    eye = jnp.eye(left.shape[2], dtype=left.dtype)
-    eye = jnp.broadcast_to(eye, (left.shape[0], *eye.shape))
-    b, a = balanced_factors(left, eye, jnp.swapaxes(right, 1, 2), ranks)
-    return {"left": b.astype(jnp.float32), "right": a.astype(jnp.float32)}
-
-
 def _chunks(count: int, size: int) -> Iterator[list[int]]:
     """Index lists of one fixed size, so that one program serves all; the last is filled up."""
     for start in range(0, count, size):
@@ -210,6 +92,7 @@ def intersect_group(
     n_models = layers[0].shape[0]
     names = list(storage or storage_dtypes(layers[0]))
     finest = min(names, key=STORAGE_DTYPES.index)
+    known = solver.rank if isinstance(solver.rank, int) else None
     plan = plan_pairs(n_models)
     on_cpu = jax.default_backend() == "cpu"
     size = 1 if on_cpu else min(ACCELERATOR_LAYERS, len(layers))
@@ -223,32 +106,35 @@ def intersect_group(
         start = width
         with linalg.scope(dtype):
             while True:
-                factors, scales = _factor(weights, width, dtype, batch_size)
+                factors, scales = programs.factor(weights, width, dtype, batch_size)
                 pair_ranks = np.asarray(factors.ranks)
-                needed = pair_ranks.max() if solver.rank is None else 2 * solver.rank
+                needed = pair_ranks.max() if known is None else 2 * known
                 if width == smaller or needed + HEADROOM <= width:
                     break
                 width = min(2 * width, smaller)
-            if solver.rank is not None:
-                pair_ranks = np.full_like(pair_ranks, 2 * solver.rank)
+            if known is not None:
+                pair_ranks = np.full_like(pair_ranks, 2 * known)
             triples = pair_ranks[:, plan.triples]
             verdicts = [_feasible(ranks, smaller) for ranks in triples]
             fits = [verdict is Status.OK for verdict in verdicts]
             solved = {}
             if any(fits):
                 max_rank = _rank_axis(triples[fits], width)
-                found = _intersect(
+                found = programs.intersect(
                     weights, factors, scales, max_rank, solver, finest, len(set(names)) > 1
                 )
                 solved = {name: np.asarray(value) for name, value in found.items()}
         if not all(fits):
             width = start
         for position, index in enumerate(chunk[: len(set(chunk))]):
-            if verdicts[position] is not Status.OK:
-                yield failed(layers[index], verdicts[position])
-            else:
+            if verdicts[position] is Status.OK:
                 one = {name: value[position] for name, value in solved.items()}
-                yield _finish(layers[index], one, dtype, solver.polish)
+                yield _finish(layers[index], one, dtype, solver)
+            elif verdicts[position] is Status.RANK_TOO_LARGE and solver.polish:
+                ranks = triples[position, :, 0, :] @ np.array([1, 1, -1]) // 2
+                yield _solve_large(layers[index], ranks, solver, names)
+            else:
+                yield failed(layers[index], verdicts[position])
 
 
 def _rank_axis(triples: np.ndarray, width: int) -> int:
@@ -275,23 +161,6 @@ def _identifiable(rank: int, shape: tuple[int, ...]) -> bool:
     return fits and n_models * (row - rank) * (col - rank) >= row * col
 
 
-@functools.partial(jax.jit, static_argnames=("solver",))
-def _iterate(
-    weights: Float[Array, "layer model row col"], solver: SpectralDeTuning
-) -> dict[str, Array]:
-    found = spectral.solve(weights, solver)
-    left, right = jax.vmap(balanced_factors)(found.left, found.core, found.right, found.ranks)
-    return {
-        "base": found.base.astype(weights.dtype),
-        "left": left.astype(jnp.float32),
-        "right": right.astype(jnp.float32),
-        "ranks": found.ranks,
-        "residual_ratio": found.residual_ratio.astype(jnp.float32),
-        "loss": found.loss,
-        "rank_history": found.rank_history,
-    }
-
-
 def iterate_group(
     layers: Sequence[np.ndarray | Array], solver: SpectralDeTuning
 ) -> Iterator[LayerResult]:
@@ -311,7 +180,7 @@ def iterate_group(
     for chunk in _chunks(len(layers), size):
         weights = jnp.stack([jnp.asarray(layers[index]) for index in chunk])
         with linalg.scope(solver.dtype):
-            arrays = _iterate(weights, solver)
+            arrays = programs.iterate(weights, solver)
             found = {name: np.asarray(value) for name, value in arrays.items()}
         for position in range(len(set(chunk))):
             ratio = float(found["residual_ratio"][position])
@@ -332,31 +201,89 @@ def iterate_group(
 
 
 def _finish(
-    stack: np.ndarray | Array, found: Mapping[str, Any], dtype: jnp.dtype, polish: bool
+    stack: np.ndarray | Array,
+    found: Mapping[str, Any],
+    dtype: jnp.dtype,
+    solver: SubspaceIntersection,
 ) -> LayerResult:
-    names = [*CLOSED_FORM, *(CERTIFIED if polish else ())]
+    names = [*programs.CLOSED_FORM, *(programs.CERTIFIED if solver.polish else ())]
     stats: dict[str, float | np.ndarray] = {
-        name: float(found[name]) for name in names if name != "ranks"
+        name: float(found[name]) for name in names if name in found and name != "ranks"
     }
     if not float(found["tail_ratio"]) < TAIL_LIMIT[str(dtype)]:
         return failed(stack, Status.NOT_LOW_RANK)._replace(stats=stats)
-    limit = RESIDUAL_LIMIT[str(dtype)] if polish else UNREFINED_RESIDUAL_LIMIT
+    limit = RESIDUAL_LIMIT[str(dtype)] if solver.polish else UNREFINED_RESIDUAL_LIMIT
     explained = float(found["residual_ratio"]) < limit
+    if not explained and isinstance(solver.rank, int):
+        return failed(stack, Status.NOT_LOW_RANK)._replace(stats=stats)
     if not found["agree"] or found["shared"] or not explained:
         return failed(stack, Status.SHARED_DIRECTIONS)._replace(stats=stats)
     status = Status.OK
-    if not polish:
+    if not solver.polish:
         if not found["ranks"].any() and bool((stack != stack[:1]).any()):
             status = Status.NOISE_DOMINATED
     elif stats["expected_error"] > NO_BETTER * stats["mean_error"] > 0:
         status = Status.NOISE_DOMINATED
-    rank = max(int(found["ranks"].max()), 1)
+    base = found["base"]
+    ranks, left, right = found["ranks"], found["left"], found["right"]
+    if isinstance(solver.rank, float):
+        ranks, left, right = _keep_energy(left, right, solver.rank)
+    rank = max(int(ranks.max()), 1)
     return LayerResult(
-        base=found["base"].astype(STORAGE_DTYPES[found["grid"]]) if polish else found["base"],
-        left=found["left"][:, :, :rank],
-        right=found["right"][:, :rank],
-        ranks=found["ranks"],
+        base=base.astype(STORAGE_DTYPES[found["grid"]]) if solver.polish else base,
+        left=left[:, :, :rank],
+        right=right[:, :rank],
+        ranks=ranks,
         status=status,
         stats=stats,
         certain=found.get("certain"),
     )
+
+
+def _keep_energy(
+    left: np.ndarray, right: np.ndarray, share: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Balanced factors cut to the fewest columns that hold a share of each update's energy."""
+    values = np.sum(np.square(left, dtype=np.float64), axis=1)  # singular values, largest first
+    energy = np.cumsum(values**2, axis=1)
+    below = energy < share * energy[:, -1:]
+    ranks = np.where(energy[:, -1] > 0, below.sum(1) + 1, 0).astype(np.int32)
+    keep = np.arange(left.shape[2]) < ranks[:, None]
+    return ranks, np.where(keep[:, None], left, 0), np.where(keep[:, :, None], right, 0)
+
+
+def _solve_large(
+    stack: np.ndarray | Array,
+    ranks: np.ndarray,
+    solver: SubspaceIntersection,
+    storage: Sequence[str],
+) -> LayerResult:
+    """Ranks that fit pairs of models but not triples: the iterative solver, then the refinement.
+
+    Only where counting allows it; RANK_TOO_LARGE where it does not, where the iteration stays above
+    the rounding error, or where the solution turns out not to be identifiable.
+    """
+    n_models, row, col = stack.shape
+    freedom = sum((row - int(r)) * (col - int(r)) for r in ranks)
+    if freedom < row * col or n_models == 3:
+        return failed(stack, Status.RANK_TOO_LARGE)
+    dtype = linalg.resolve_dtype(solver.precision)
+    weights = as_merged(jnp.asarray(stack)[None][0], storage)
+    weights = Merged(*(jnp.asarray(part)[None] for part in weights))
+    iterative = SpectralDeTuning(
+        rank=int(ranks.max()), steps=LARGE_STEPS, space="core", precision=solver.precision
+    )
+    finest = min(storage, key=STORAGE_DTYPES.index)
+    with linalg.scope(dtype):
+        start = programs.iterate(weights.values, iterative)
+        ratio = float(start["residual_ratio"][0])
+        if not ratio < CONVERGED_RATIO[str(dtype)]:
+            return failed(stack, Status.RANK_TOO_LARGE)
+        factors = (start[name].astype(dtype) for name in ("left", "right"))
+        counts = jnp.asarray(ranks[None], jnp.int32)
+        arrays = programs.polish(weights, *factors, counts, solver, finest, len(set(storage)) > 1)
+        found = {name: np.asarray(value[0]) for name, value in arrays.items()}
+    if not found["amplification"] < UNIDENTIFIABLE:
+        return failed(stack, Status.RANK_TOO_LARGE)
+    checks = {"ranks": np.asarray(ranks, np.int32), "agree": True, "shared": False}
+    return _finish(stack, {**found, **checks, "tail_ratio": 1.0}, dtype, solver)

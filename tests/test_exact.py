@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jdetune
-from jdetune import exact, linalg, synth
+from jdetune import exact, grids, linalg, synth
 from jdetune.noise import as_merged, merge_variance, spacing
 from tests import reference
 
@@ -23,11 +23,11 @@ def test_steps_on_the_grid_are_numpys(dtype):
     edges = [1.0, -1.0, 2.0, -0.5, 1.5, 4.0]
     points = np.concatenate([values, edges]).astype(DTYPES[dtype])
     up, down = (np.nextafter(points, DTYPES[dtype](end)) for end in (np.inf, -np.inf))
-    grid = exact.grid(dtype)
+    grid = grids.grid(dtype)
     with linalg.scope(FLOAT64):
         wide = jnp.asarray(points.astype(np.float64))
-        stepped = [np.asarray(exact.step_up(wide, grid, k)) for k in (1, -1, 2)]
-        rounded = np.asarray(exact.nearest(jnp.asarray(np.append(values, edges)), grid))
+        stepped = [np.asarray(grids.step_up(wide, grid, k)) for k in (1, -1, 2)]
+        rounded = np.asarray(grids.nearest(jnp.asarray(np.append(values, edges)), grid))
     np.testing.assert_array_equal(stepped[0], up.astype(np.float64))
     np.testing.assert_array_equal(stepped[1], down.astype(np.float64))
     twice = np.nextafter(up, DTYPES[dtype](np.inf))
@@ -42,10 +42,10 @@ def test_one_point_in_all_intervals_is_found_by_brute_force():
     left, right = rng.standard_normal((4, 40, 2)) * 0.03, rng.standard_normal((4, 2, 30)) * 0.03
     sums = base.astype(np.float64) + left @ right
     merged = sums.astype(ml_dtypes.bfloat16)
-    grid = exact.grid("bfloat16")
+    grid = grids.grid("bfloat16")
     with linalg.scope(FLOAT64):
         wide = jnp.asarray(base.astype(np.float64))
-        points = np.stack([np.asarray(exact.step_up(wide, grid, k)) for k in range(-6, 7)])
+        points = np.stack([np.asarray(grids.step_up(wide, grid, k)) for k in range(-6, 7)])
         fits = ((points[:, None] + left @ right).astype(ml_dtypes.bfloat16) == merged).all(1)
         units = np.asarray(spacing(as_merged(merged)), np.float64)
         offset = jnp.asarray(points[6 + rng.integers(-1, 2)])
@@ -78,11 +78,11 @@ def test_a_grid_is_told_by_the_estimate_alone():
     with linalg.scope(FLOAT64):
         for name, index in (("bfloat16", 2), ("float16", 1), ("float32", 0)):
             on = fine.astype(DTYPES[name]).astype(np.float64) + noise
-            found = exact.find_grid(jnp.asarray(on), jnp.asarray(variance), "float32")
+            found = grids.find_grid(jnp.asarray(on), jnp.asarray(variance), "float32")
             assert int(found) == index
-        half = exact.grid("float16")
+        half = grids.grid("float16")
         off = [
-            float(exact.off_grid(jnp.asarray(x + noise), jnp.asarray(variance), half))
+            float(grids.off_grid(jnp.asarray(x + noise), jnp.asarray(variance), half))
             for x in (fine, fine.astype(np.float16).astype(np.float64))
         ]
     assert off[0] == pytest.approx(1.0, abs=0.05)  # 3000 samples

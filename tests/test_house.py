@@ -20,7 +20,7 @@ LAYERS = [
     {"noise", "linalg", "result", "rank_schedule", "synth"},
     {"stack", "core", "ranks", "factors"},
     {"solvers"},
-    {"exact", "certificate"},
+    {"exact", "certificate", "grids"},
     {"groups", "foreign", "damage", "repair", "explain", "recovery", "sharding"},
     {"checkpoint"},
     {"outfolder", "pipeline", "solving", "report", "inspection", "verification"},

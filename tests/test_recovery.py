@@ -149,7 +149,7 @@ def status_cases():
     small = synth.family(4, 128, 128, 4, dtype="bfloat16", update_rms=1e-6)
     return {
         "two": (family.merged[:2], Status.TOO_FEW_MODELS),
-        "other base": (np.concatenate([family.merged, other.merged[:1]]), Status.NOT_LOW_RANK),
+        "other base": (np.concatenate([family.merged, other.merged]), Status.NOT_LOW_RANK),
         "full fine-tuning": (full, Status.NOT_LOW_RANK),
         "dora": (family.merged * rows, Status.NOT_LOW_RANK),
         "4-bit": (np.round(family.merged / step4) * step4, Status.NOT_LOW_RANK),

@@ -208,8 +208,11 @@ def test_merges_that_are_not_low_rank_are_refused(case, count):
 
 @pytest.mark.parametrize(("count", "rank"), [(3, 15), (5, 15)])
 def test_ranks_above_the_limit_are_refused(count, rank):
-    message = refused(synth.family(count, *SHAPE, rank).merged, Status.RANK_TOO_LARGE)
+    merged = synth.family(count, *SHAPE, rank).merged
+    message = refused(merged, Status.RANK_TOO_LARGE)
     assert Status.RANK_TOO_LARGE.message in message
+    found = jdetune.recover(np.stack([merged] * 2), PLAIN)
+    assert found.status.tolist() == [Status.RANK_TOO_LARGE] * 2
 
 
 @pytest.mark.parametrize(("count", "sharers"), [(3, 2), (3, 3), (4, 3), (5, 4)])

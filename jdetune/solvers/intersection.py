@@ -48,7 +48,9 @@ class SubspaceIntersection:
       base_dtype: grid that the base lies on. ``auto`` finds bfloat16 and float16 in wider models.
       rounding: how the models were merged: R0 and R1 round the sum (PEFT's default), R2 also the
         update before (``safe_merge=True``), R3 the update twice (16-bit adapters on CUDA).
-      rank: rank of every update; found from the data if None.
+      rank: None to find the ranks; an integer where every update is known to have that rank; a
+        share between 0 and 1 to find them and cut each adapter to that share of its energy, which
+        the base does not notice.
 
     Raises:
       ValueError: a value that is none of these.
@@ -62,7 +64,7 @@ class SubspaceIntersection:
     precision: linalg.Precision = "auto"
     base_dtype: str = "auto"
     rounding: str = "R1"
-    rank: int | None = None
+    rank: int | float | None = None
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -71,8 +73,13 @@ class SubspaceIntersection:
             raise ValueError(f"base_dtype is one of {known}; got {self.base_dtype!r}")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}; got {self.rounding!r}")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank is at least 1, or None to find it; got {self.rank}")
+        known = self.rank is None or (
+            self.rank >= 1 if isinstance(self.rank, int) else 0 < self.rank < 1
+        )
+        if not known:
+            raise ValueError(
+                f"rank is None, an integer of 1 or more, or a share below 1; got {self.rank}"
+            )
 
 
 class Scales(NamedTuple):
