@@ -31,8 +31,11 @@ CERTAIN = 2e-5
 #: Rounds of fixing and fitting: until the share of fixed elements grows by less than ``GROWTH``.
 ROUNDS = 6
 GROWTH = 0.01
-#: Where the estimate's deviation is above this many grid units, single points are not told apart.
+#: Where the estimate's deviation is above this many grid units, points are not told apart.
 WIDE = 0.8
+#: An element that is less sure than its grid is fine is zero if zero is, in log, at most this less
+#: likely than the best: an exact zero is the one tiny weight that models do have.
+LIKELY = 12.0
 #: Residual power beyond one rounding's from which several roundings are taken for certain.
 SEVERAL_ROUNDINGS = 0.2
 #: Elements whose rounding variance is below this share of the mean show what nothing explains.
@@ -107,9 +110,8 @@ def snap(
     scale = jnp.maximum(jnp.sqrt(softness), 1e-3 * units)
     low, high = (half / scale for half in _halves(models, units))
 
-    def likelihood(step: int) -> tuple[Array, Array]:
-        near = step_up(centre, grid, step)
-        shift = jnp.where(stride > 0, nearest(centre + step * stride, grid), near) - centre
+    def likelihood(point: Array) -> tuple[Array, Array]:
+        shift = point - centre
 
         def one(total: Array, model: tuple[Array, ...]) -> tuple[Array, None]:
             rest, down, up, width = model
@@ -123,7 +125,11 @@ def snap(
         total, _ = jax.lax.scan(one, zero, (error, low, high, scale))
         return total, shift
 
-    found = [likelihood(step) for step in range(-REACH, REACH + 1)]
+    def point(step: int) -> Array:
+        far = nearest(centre + step * stride, grid)
+        return jnp.where(stride > 0, far, step_up(centre, grid, step))
+
+    found = [likelihood(point(step)) for step in range(-REACH, REACH + 1)]
     log = jnp.stack([total for total, _ in found])
     shifts = jnp.stack([shift for _, shift in found])
     best = jnp.argmax(log, axis=0)
@@ -136,8 +142,13 @@ def snap(
     reference = models.values[0].astype(dtype)
     away = linalg.sum_models(models.values.astype(dtype) - reference)
     mean = (reference - centre) + away / models.values.shape[0]
-    nothing = jnp.all(models.values == 0, axis=0)  # a zero row: updates leave it alone
+    of_zero, to_zero = likelihood(jnp.zeros_like(centre))
+    may_be_zero = (stride > 0) & (of_zero > jnp.max(log, axis=0) - LIKELY)
+    chosen = jnp.where(may_be_zero, to_zero, chosen)
+    wrong = jnp.where(may_be_zero, _chance(centre, deviation, may_be_zero), wrong)
     error = jnp.sum(share * jnp.square(shifts - chosen), axis=0)
+    error = jnp.where(may_be_zero, wrong * error, error)
+    nothing = jnp.all(models.values == 0, axis=0)  # a zero row: updates leave it alone
     return Snapped(
         base=jnp.where(nothing, 0, centre + chosen),
         wrong=jnp.where(nothing, 0, wrong).astype(jnp.float32),
@@ -156,6 +167,17 @@ def _log_inside(low: Array, high: Array) -> Array:
     a, b = low * LOGISTIC, high * LOGISTIC
     gap = jnp.log1p(-jnp.exp(jnp.minimum(a - b, -1e-6)))
     return b + gap - jax.nn.softplus(a) - jax.nn.softplus(b)
+
+
+def _chance(centre: Array, deviation: Array, may_be_zero: Array) -> Float[Array, ""]:
+    """Probability that an element that may be zero is not: weights near zero are rare otherwise.
+
+    How many a smooth density would put there follows from the ring around, nine times as wide.
+    """
+    distance = jnp.abs(centre) / deviation
+    ring = jnp.sum((distance >= 3) & (distance < 30), dtype=centre.dtype)
+    inside = jnp.sum(may_be_zero, dtype=centre.dtype)
+    return jnp.clip((ring + 1) / 9 / jnp.maximum(inside, 1), 0, 1)
 
 
 def _halves(models: Merged, units: Array) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jdetune.checkpoint.index import Checkpoint
-from jdetune.checkpoint.manifest import GROUP_BYTES, mixed_dtypes, read_stack
+from jdetune.checkpoint.manifest import GROUP_BYTES, is_common, read_stack
 from jdetune.checkpoint.reader import digest, numpy_dtype
 from jdetune.report import main_dtype, number
 from jdetune.result import Recovery
@@ -40,14 +40,10 @@ def stored_bytes(checkpoint: Checkpoint) -> int:
 
 
 def common_names(checkpoints: Sequence[Checkpoint]) -> tuple[list[str], list[str]]:
-    """Names of one shape and dtype in all models, and the names that are not."""
+    """Names of one shape and kind in all models, and the names that are not."""
     everything = dict.fromkeys(name for c in checkpoints for name in c.tensors)
-    alike, unlike = [], []
-    for name in everything:
-        infos = [c.tensors.get(name) for c in checkpoints]
-        kinds = {(info.shape, info.dtype) if info else None for info in infos}
-        (alike if len(kinds) == 1 and None not in kinds else unlike).append(name)
-    return alike, unlike
+    alike = [name for name in everything if is_common(checkpoints, name)]
+    return alike, [name for name in everything if name not in set(alike)]
 
 
 def sample_differing(
@@ -141,8 +137,7 @@ def inspect(
     if sample:
         solved = recover(sample)
         entries = [_sample_entry(name, solved[name], sample[name]) for name in sample]
-    mixed = None if sample else mixed_dtypes(checkpoints)
-    code, verdict = _judge(entries, n_distinct, bool(alike)) if mixed is None else (3, mixed)
+    code, verdict = _judge(entries, n_distinct, bool(alike))
     if code == Status.TOO_FEW_MODELS.exit_code and n_distinct < 3:
         entries = []  # what a solver says of two models means nothing
     matrices = [name for name in alike if checkpoints[0].tensors[name].is_matrix]

@@ -15,7 +15,7 @@ from jdetune.checkpoint.index import Checkpoint, open_checkpoint
 from jdetune.checkpoint.manifest import Plan, make_plan, select
 from jdetune.checkpoint.reader import raw_bytes, read_tensor
 from jdetune.checkpoint.stacks import factors_of
-from jdetune.checkpoint.writer import save_json, save_like
+from jdetune.checkpoint.writer import save_json, save_like, save_safetensors
 from jdetune.errors import InputError
 from jdetune.report import TensorResult
 from jdetune.solving import (
@@ -100,6 +100,8 @@ def run(
     stage = outfolder.start_stage(out)  # finds out whether OUT can be written before the work
     plan, results, repairs = solve_one_base(plan, options, progress, recover_fn)
     results, base = _write(plan, results, stage, progress)
+    if options.masks and base is not None:
+        save_safetensors(stage / "masks.safetensors", _masks(results))
     head = report.top_level(
         command=options.command,
         started_at=started.isoformat(timespec="seconds"),
@@ -172,8 +174,18 @@ def _write(
     if progress is not None:
         progress("write", total, total)
     dtypes = sorted({r.base_dtype for r in results if r.recovery and r.base_dtype})
-    base = {"dtype": ", ".join(dtypes) or None, "grid": None, "n_parameters": n_parameters}
+    said = ", ".join(dtypes) or None
+    base = {"dtype": said, "grid": said, "n_parameters": n_parameters}
     return [_note_left_out(r, left_out) for r in results], base
+
+
+def _masks(results: Sequence[TensorResult]) -> dict[str, np.ndarray]:
+    """Tensor name to 1 where an element of the base is certain, 0 where it is ambiguous."""
+    return {
+        r.plan.name: np.asarray(r.recovery.certain).astype(np.uint8)
+        for r in results
+        if r.recovery is not None and r.status == "recovered"
+    }
 
 
 def _own_copies(plan: Plan, checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -244,10 +256,18 @@ def _warnings(plan: Plan, written: bool) -> list[str]:
         f"{name} equals {twin} in every matrix and was solved as one model with it"
         for name, twin in _near_twins(plan)
     ]
-    missing = [t.name for t in plan.tensors if t.action in ("per_model", "failed", "skipped")]
+    missing = [t for t in plan.tensors if t.action in ("per_model", "failed", "skipped")]
+    voted = [t for t in plan.tensors if t.action == "consensus"]
     lines = [*plan.warnings, *twins]
+    if voted and written:
+        lines.append(
+            f"{len(voted)} tensor(s), e.g. {voted[0].name}, are the majority's copy: "
+            f"{voted[0].reason}, whose adapters keep their own"
+        )
     if missing and written:
-        lines.append(f"the base lacks {len(missing)} tensor(s); see their reasons")
+        lines.append(
+            f"the base lacks {len(missing)} tensor(s), e.g. {missing[0].name}: {missing[0].reason}"
+        )
     return lines
 
 

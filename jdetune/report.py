@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jdetune.certificate import verdict
 from jdetune.checkpoint.index import Checkpoint, read_json
 from jdetune.checkpoint.manifest import EXCLUDED, Plan, TensorPlan
 from jdetune.errors import InputError
@@ -88,7 +89,10 @@ def tensor_entry(result: TensorResult) -> dict[str, Any]:
         "predicted_error": None if found is None else number(found.predicted_error, floor=-40.0),
         "exact_fraction_est": None if found is None else number(found.exact_fraction),
         "ambiguous_fraction": number(stats.get("ambiguous_fraction")),
+        "certain_fraction": None if found is None else _certain(found),
         "amplification": None if found is None else number(found.amplification),
+        "verdict": None if found is None else _verdict(found),
+        "detection_floor": number(stats.get("detection_floor")),
         "remerge_match": None if result.remerge_match is None else list(result.remerge_match),
         "seconds": number(result.seconds),
         "reason": result.reason or result.plan.reason,
@@ -191,6 +195,19 @@ def _ranks_of(results: Sequence[TensorResult], index: int) -> dict[str, int]:
         for r in solved
         if r.recovery is not None
     }
+
+
+def _certain(found: Recovery) -> float | None:
+    known = Status(int(found.status)).has_base and number(found.exact_fraction) is not None
+    return float(np.mean(np.asarray(found.certain))) if known else None
+
+
+def _verdict(found: Recovery) -> str | None:
+    """The certificate in words; None for solvers without one."""
+    status = Status(int(found.status))
+    if status.has_base and number(found.exact_fraction) is None:
+        return None
+    return verdict(status, float(found.exact_fraction), float(found.amplification))
 
 
 def _integer(value: Any) -> int | None:

@@ -34,6 +34,7 @@ class Options:
       include: regular expression; only matching matrices are recovered.
       exclude: regular expression; matching matrices are left out.
       overwrite: replace a former output.
+      masks: also write which elements of the base are certain.
       command: what to name in the report as the command.
     """
 
@@ -41,6 +42,7 @@ class Options:
     include: str | None = None
     exclude: str | None = None
     overwrite: bool = False
+    masks: bool = False
     command: str = "jdetune.pipeline.run"
 
 
@@ -218,7 +220,7 @@ def _remerge_match(found: Recovery, stack: np.ndarray) -> tuple[float, ...]:
     matches = []
     for i, merged in enumerate(stack):
         left, right = factors_of({"": found}, i)[""]
-        again = merge_peft(np.asarray(found.base), left, right).astype(merged.dtype)
+        again = merge_peft(np.asarray(found.base), left, right, dtype=merged.dtype)
         matches.append(float(np.mean(raw_bits(again) == raw_bits(merged))))
     return tuple(matches)
 

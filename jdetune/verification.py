@@ -146,7 +146,7 @@ def remerge(
             continue
         n_tensors += 1
         target = read_tensor(merged, name)
-        again = _again(name, base, adapter)
+        again = _again(name, base, adapter, target.dtype)
         if again is None:
             off.append(name)
             continue
@@ -200,7 +200,7 @@ def _is_near(again: np.ndarray, target: np.ndarray) -> bool:
     return _miss(again.astype(target.dtype), target) <= 1.0
 
 
-def _again(name: str, base: Checkpoint, adapter: Adapter) -> np.ndarray | None:
+def _again(name: str, base: Checkpoint, adapter: Adapter, dtype: np.dtype) -> np.ndarray | None:
     if name in adapter.saved:
         return adapter.saved[name]
     if name not in base.tensors:
@@ -208,8 +208,9 @@ def _again(name: str, base: Checkpoint, adapter: Adapter) -> np.ndarray | None:
     weights = read_tensor(base, name)
     update = adapter.updates.get(name)
     if update is None:
-        return weights
-    return merge_peft(weights, update.left, update.right, update.scaling)
+        floats = {str(weights.dtype), str(dtype)} <= set(FLOATS)
+        return weights.astype(dtype) if floats else weights
+    return merge_peft(weights, update.left, update.right, update.scaling, dtype)
 
 
 def _compare(name: str, base: Checkpoint, reference: Checkpoint) -> dict[str, Any]:

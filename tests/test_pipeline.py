@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jdetune import outfolder, pipeline
 from jdetune.checkpoint import merge_peft, open_checkpoint, read_adapter, read_tensor
@@ -70,6 +71,10 @@ def test_two_axes_that_differ_and_vectors_that_differ(tmp_path):
     assert statuses_of(report)["classifier.bias"] == "per_model"
     assert statuses_of(report)["encoder.norm.bias"] == "consensus"
     assert report["summary"]["exit_code"] == 5
+    voted, lacking = report["warnings"]
+    assert "encoder.norm.bias, are the majority's copy: 2 of 3 models" in voted
+    assert "not so tune-0, whose adapters keep their own" in voted
+    assert "lacks 1 tensor(s), e.g. classifier.bias: differs in most models" in lacking
     base = open_checkpoint(tmp_path / "out" / "base")
     assert "classifier.bias" not in base.tensors
     np.testing.assert_array_equal(read_tensor(base, "encoder.norm.bias"), np.zeros(32))
@@ -242,19 +247,19 @@ def test_a_twin_among_enough_models_is_solved_once_and_gets_its_adapter(tmp_path
     assert verify(tmp_path / "out")["failures"] == []
 
 
-def test_matrices_of_several_dtypes_are_refused(tmp_path):
-    family = pico.make(tmp_path)
-    for name in family.factors[0]:
-        family.models[1][name] = family.models[1][name].astype(np.float16)
-    rewrite(family)
-    with pytest.raises(InputError, match="tune-0: float32, tune-1: float16"):
-        pipeline.run(family.paths, tmp_path / "out")
-    family.models[1] = {n: a.astype(np.float16) for n, a in family.models[1].items()}
-    rewrite(family)
-    with pytest.raises(InputError, match="tune-0: float32, tune-1: float16") as caught:
-        pipeline.run(family.paths, tmp_path / "out")
-    assert caught.value.exit_code == 3
-    assert not (tmp_path / "out").exists()
+def test_masks_and_grid_are_written(tmp_path):
+    family = pico.make(tmp_path, n_models=4)
+    report = pipeline.run(family.paths, tmp_path / "out", pipeline.Options(masks=True))
+    masks = load_file(tmp_path / "out" / "masks.safetensors")
+    solved = {t["name"]: t for t in report["tensors"] if t["code"] == "OK"}
+    assert set(masks) == set(solved)
+    for name, entry in solved.items():
+        assert masks[name].shape == tuple(entry["shape"])
+        assert masks[name].mean() == pytest.approx(entry["certain_fraction"])
+        assert entry["certain_fraction"] == pytest.approx(1 - entry["ambiguous_fraction"])
+        assert entry["verdict"] in ("at the floor", "exact") or "amplified" in entry["verdict"]
+        assert entry["detection_floor"] > 0
+    assert report["base"]["grid"] == "float32"
 
 
 def test_an_interrupted_run_can_be_run_again(tmp_path):

@@ -80,9 +80,7 @@ def test_sixteen_bits_saved_in_thirty_two_are_seen_as_what_they_are(dtype):
     wide = jdetune.recover(family.merged.astype(np.float32), solver=PLAIN)
     assert wide.ok
     assert wide.base.dtype == dtype
-    np.testing.assert_array_equal(
-        wide.base, jdetune.recover(family.merged, solver=PLAIN).base
-    )
+    np.testing.assert_array_equal(wide.base, jdetune.recover(family.merged, solver=PLAIN).base)
 
 
 def test_adapters_rebuild_every_merged_model_to_rounding():

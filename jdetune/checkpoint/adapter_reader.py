@@ -96,25 +96,30 @@ def read_adapter(path: str | Path) -> Adapter:
 
 
 def merge_peft(
-    base: np.ndarray, left: np.ndarray, right: np.ndarray, scaling: float = 1.0
+    base: np.ndarray,
+    left: np.ndarray,
+    right: np.ndarray,
+    scaling: float = 1.0,
+    dtype: np.dtype | None = None,
 ) -> np.ndarray:
     r"""Merges by PEFT's default rule, :math:`RN_t(fl_{32}(W + fl_{32}(s \cdot fl_{32}(BA))))`.
 
     Args:
-      base: W, [row, col], dtype t.
+      base: W, [row, col].
       left: B, [row, rank].
       right: A, [rank, col].
       scaling: s.
+      dtype: t; the base's own if None.
 
     Returns:
-      Merged weights in the base's dtype.
+      Merged weights in dtype t.
 
     Example:
       >>> merge_peft(np.float16([[1.0]]), np.float32([[0.5]]), np.float32([[2.0]]), 0.5)
       array([[1.5]], dtype=float16)
     """
     update = np.float32(scaling) * (left.astype(np.float32) @ right.astype(np.float32))
-    return (base.astype(np.float32) + update).astype(base.dtype)
+    return (base.astype(np.float32) + update).astype(base.dtype if dtype is None else dtype)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

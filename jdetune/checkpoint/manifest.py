@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jdetune.checkpoint.index import Checkpoint, TensorInfo
+from jdetune.checkpoint.index import FLOATS, Checkpoint, TensorInfo
 from jdetune.checkpoint.reader import digest, numpy_dtype, read_tensor
 from jdetune.errors import InputError, NotOneBaseError
 
@@ -98,14 +98,10 @@ def make_plan(
       progress: called with the tensors compared so far and their number.
 
     Raises:
-      InputError: no matrix can be recovered, since the dtypes differ.
       NotOneBaseError: nothing in common.
     """
     names = list(dict.fromkeys(name for c in checkpoints for name in c.tensors))
-    mixed = mixed_dtypes(checkpoints)
-    if not any(_is_common(checkpoints, name) for name in names):
-        if mixed is not None:
-            raise InputError(mixed)
+    if not any(is_common(checkpoints, name) for name in names):
         return _plan_one_architecture(checkpoints, wanted, progress)
     marks: dict[str, tuple[bytes | None, ...]] = {}
     for done, name in enumerate(names):
@@ -114,8 +110,6 @@ def make_plan(
             progress(done + 1, len(names))
     keep, duplicates = _distinct(checkpoints, marks)
     differing = [name for name in names if _is_differing(checkpoints, name, marks[name])]
-    if mixed is not None and not differing:
-        raise InputError(mixed)
     kept = tuple(checkpoints[i] for i in keep)
     plans = []
     for name in names:
@@ -148,7 +142,7 @@ def _plan_one_architecture(
         return dataclasses.replace(plan, left_out=left_out, warnings=warnings)
     said = "; ".join(", ".join(checkpoints[i].name for i in group) for group in groups)
     raise NotOneBaseError(
-        "the models have no tensor in common by name, shape and dtype: they are not fine-tunes of "
+        "the models have no tensor in common by name and shape: they are not fine-tunes of "
         f"one base. Models by architecture: {said}. Recover each group of three or more alone."
     )
 
@@ -165,21 +159,6 @@ def group_by_architecture(checkpoints: Sequence[Checkpoint]) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
-
-
-def mixed_dtypes(checkpoints: Sequence[Checkpoint]) -> str | None:
-    """What to say where a matrix has one shape but several dtypes; None if there is none."""
-    for name, first in checkpoints[0].tensors.items():
-        infos = [info for info in _infos(checkpoints, name) if info is not None]
-        shared = len(infos) == len(checkpoints) and {i.shape for i in infos} == {first.shape}
-        if shared and len({i.dtype for i in infos}) > 1 and any(i.is_matrix for i in infos):
-            pairs = zip(checkpoints, infos, strict=True)
-            said = ", ".join(f"{checkpoint.name}: {info.dtype}" for checkpoint, info in pairs)
-            return (
-                f"no matrix that differs has one dtype in all models ({name} is {said}). Give "
-                "models as they were merged, all in one dtype."
-            )
-    return None
 
 
 def group_tensors(
@@ -199,28 +178,37 @@ def group_tensors(
 
 
 def read_stack(checkpoints: Sequence[Checkpoint], name: str) -> np.ndarray:
-    """One matrix of all models, [model, row, col]."""
-    return np.stack([read_tensor(checkpoint, name) for checkpoint in checkpoints])
+    """One matrix of all models, [model, row, col]; float32 holds dtypes that differ."""
+    models = [read_tensor(checkpoint, name) for checkpoint in checkpoints]
+    if len({model.dtype for model in models}) > 1:
+        models = [model.astype(np.float32) for model in models]
+    return np.stack(models)
 
 
 def _infos(checkpoints: Sequence[Checkpoint], name: str) -> list[TensorInfo | None]:
     return [c.tensors.get(name) for c in checkpoints]
 
 
-def _is_common(checkpoints: Sequence[Checkpoint], name: str) -> bool:
-    kinds = {(i.shape, i.dtype) if i else None for i in _infos(checkpoints, name)}
+def is_common(checkpoints: Sequence[Checkpoint], name: str) -> bool:
+    """Whether all models have the tensor in one shape, as floats of any width or in one dtype."""
+    infos = _infos(checkpoints, name)
+    kinds = {(i.shape, "float" if i.dtype in FLOATS else i.dtype) if i else None for i in infos}
     return None not in kinds and len(kinds) == 1
 
 
 def _marks(checkpoints: Sequence[Checkpoint], name: str) -> tuple[bytes | None, ...]:
-    """A digest a model of shape, dtype and bytes; None where the tensor is missing."""
+    """A digest a model of shape and values; None where the tensor is missing."""
+    infos = _infos(checkpoints, name)
+    dtypes = {info.dtype for info in infos if info is not None}
+    widen = len(dtypes) > 1 and dtypes <= set(FLOATS)
     marks: list[bytes | None] = []
-    for checkpoint, info in zip(checkpoints, _infos(checkpoints, name), strict=True):
+    for checkpoint, info in zip(checkpoints, infos, strict=True):
         if info is None:
             marks.append(None)
         else:
-            head = f"{info.shape}{info.dtype}".encode()
-            marks.append(head + digest(read_tensor(checkpoint, name)))
+            values = read_tensor(checkpoint, name)
+            values = values.astype(np.float32) if widen else values
+            marks.append(f"{info.shape}{values.dtype}".encode() + digest(values))
     return tuple(marks)
 
 
@@ -244,7 +232,7 @@ def _is_differing(
 ) -> bool:
     """Whether it is a matrix of one kind in all models, in which they differ."""
     info = checkpoints[0].tensors.get(name)
-    kind = info is not None and info.is_matrix and _is_common(checkpoints, name)
+    kind = info is not None and info.is_matrix and is_common(checkpoints, name)
     return kind and len(set(marks)) > 1
 
 
@@ -258,14 +246,15 @@ def _plan_tensor(
     fields = (name, info.shape, info.dtype)
     if len(set(marks)) == 1:
         return TensorPlan(*fields, "identical", source=0)
-    common = _is_common(checkpoints, name)
+    common = is_common(checkpoints, name)
     if common and info.is_matrix:
         if wanted(name):
             return TensorPlan(*fields, "recover")
         return TensorPlan(*fields, "skipped", EXCLUDED)
     mark, count = Counter(m for m in marks if m is not None).most_common(1)[0]
     if 2 * count > len(marks):
-        reason = f"{count} of {len(marks)} models hold the same copy"
+        odd = [c.name for c, m in zip(checkpoints, marks, strict=True) if m != mark]
+        reason = f"{count} of {len(marks)} models hold the same copy, not so {', '.join(odd)}"
         return TensorPlan(*fields, "consensus", reason, marks.index(mark))
     if not common:
         return TensorPlan(*fields, "skipped", _mismatch(checkpoints, name))

@@ -7,7 +7,7 @@ import numpy as np
 
 from jdetune.checkpoint.adapters import AdapterFiles, write_adapter
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
-from jdetune.checkpoint.manifest import read_stack, select
+from jdetune.checkpoint.manifest import is_common, read_stack, select
 from jdetune.checkpoint.reader import raw_bytes, read_tensor
 from jdetune.checkpoint.writer import save_like
 from jdetune.errors import InputError
@@ -24,7 +24,8 @@ def load_stack(paths: Sequence[str | Path], include: str | None = None) -> dict[
         models differ in it or not. If left out: all matrices in which they differ.
 
     Returns:
-      Tensor name to [model, row, col], in the dtype of the files and the order of the first.
+      Tensor name to [model, row, col], in the dtype of the files (float32 where they differ) and
+      the order of the first.
 
     Raises:
       InputError: no model is given, one cannot be read, or no matrix is left.
@@ -35,11 +36,7 @@ def load_stack(paths: Sequence[str | Path], include: str | None = None) -> dict[
     wanted = select(include)
     stacks: dict[str, np.ndarray] = {}
     for name, info in checkpoints[0].tensors.items():
-        kinds = {
-            (c.tensors[name].shape, c.tensors[name].dtype) if name in c.tensors else None
-            for c in checkpoints
-        }
-        if not (info.is_matrix and wanted(name) and kinds == {(info.shape, info.dtype)}):
+        if not (info.is_matrix and wanted(name) and is_common(checkpoints, name)):
             continue
         if include is not None or _differs(checkpoints, name):
             stacks[name] = read_stack(checkpoints, name)

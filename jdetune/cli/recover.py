@@ -5,6 +5,8 @@ from typing import Any
 
 from jdetune.cli import common
 from jdetune.cli.common import Command, UsageError
+from jdetune.noise import ROUNDINGS
+from jdetune.types import STORAGE_DTYPES
 
 _NOTES = """\
 example:
@@ -26,6 +28,7 @@ def make_command() -> Command:
     )
     command.string("out", None, "Folder to write: base/, adapters/, report.json.")
     command.boolean("overwrite", False, "Replace a former output of jdetune in --out.")
+    command.boolean("masks", False, "Also write OUT/masks.safetensors: which elements are certain.")
     command.boolean("dry_run", False, "Say what would be recovered, then stop.")
     command.string("include", None, "Recover only matrices whose name matches this regex.")
     command.string("exclude", None, "Leave out matrices whose name matches this regex.")
@@ -37,7 +40,12 @@ def make_command() -> Command:
 def add_solver_flags(command: Command) -> None:
     """Flags that choose and tune the solver."""
     command.choice("solver", "intersection", ("intersection", "spectral"), "Which solver.")
-    command.integer("rank", None, "Rank of all updates, for --solver=spectral.")
+    command.string(
+        "rank",
+        "auto",
+        "auto finds the ranks. An integer is the rank of every update, where it is known. A share\n"
+        "below 1 finds them and cuts each adapter to that share of its energy.",
+    )
     command.integer("steps", 300, "Iterations, for --solver=spectral.")
     command.choice(
         "space",
@@ -46,29 +54,64 @@ def add_solver_flags(command: Command) -> None:
         "Where --solver=spectral iterates: on the weights, as the paper does, or on small cores.",
     )
     command.choice("precision", "auto", ("auto", "float64", "float32"), "Arithmetic.")
+    command.choice(
+        "base_dtype",
+        "auto",
+        ("auto", *STORAGE_DTYPES),
+        "Grid that the base lies on; auto finds bfloat16 and float16 in wider models.",
+    )
+    command.choice(
+        "rounding",
+        "R1",
+        tuple(ROUNDINGS),
+        "How the models were merged: R1 rounds the sum (PEFT's default), R2 also the update "
+        "before (safe_merge=True), R3 the update twice (16-bit adapters on a GPU).",
+    )
 
 
 def make_solver(command: Command) -> Any:
     """The solver that the flags describe."""
+    rank = parse_rank(command["rank"])
     if command["solver"] == "spectral":
-        if command["rank"] is None:
-            raise UsageError("--solver=spectral needs --rank; the default solver finds ranks.")
+        if not isinstance(rank, int):
+            raise UsageError("--solver=spectral needs --rank=INT; the default solver finds ranks.")
         from jdetune.solvers.spectral import SpectralDeTuning
 
         try:
             return SpectralDeTuning(
-                rank=command["rank"],
+                rank=rank,
                 steps=command["steps"],
                 space=command["space"],
                 precision=command["precision"],
             )
         except ValueError as error:
             raise UsageError(f"--rank, --steps: {error}.") from error
-    if command["rank"] is not None:
-        raise UsageError("--rank goes with --solver=spectral; the default solver finds ranks.")
     from jdetune.solvers.intersection import SubspaceIntersection
 
-    return SubspaceIntersection(precision=command["precision"])
+    try:
+        return SubspaceIntersection(
+            precision=command["precision"],
+            base_dtype=command["base_dtype"],
+            rounding=command["rounding"],
+            rank=rank,
+        )
+    except ValueError as error:
+        raise UsageError(f"--rank: {error}.") from error
+
+
+def parse_rank(text: str) -> int | float | None:
+    """``auto``, an integer or a share, as PEFT has it.
+
+    Example:
+      >>> parse_rank("auto"), parse_rank("16"), parse_rank("0.99")
+      (None, 16, 0.99)
+    """
+    if text == "auto":
+        return None
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise UsageError(f"--rank is auto, an integer or a share below 1; got {text!r}.") from None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -87,6 +130,7 @@ def main(argv: Sequence[str]) -> int:
         include=command["include"],
         exclude=command["exclude"],
         overwrite=command["overwrite"],
+        masks=command["masks"],
         command=command.command_line(argv),
     )
     with common.progress_bar(command["quiet"]) as progress:
@@ -153,10 +197,20 @@ def _solved_table(tensors: Sequence[dict[str, Any]]) -> str:
                 common.fixed(common.mean([m["predicted_error"] for m in members])),
                 common.fixed(common.mean([m["exact_fraction_est"] for m in members]), 3),
                 common.fixed(common.mean([m["residual_ratio"] for m in members])),
+                _verdicts(members),
             ]
         )
     headers = ["matrix", "n", "status", "ranks", "log10 MSE (est.)", "exact (est.)", "residual"]
+    headers += ["verdict"]
     return common.table(headers, rows)
+
+
+def _verdicts(members: Sequence[dict[str, Any]]) -> str:
+    """The verdict of most, and how many have another."""
+    words = [m["verdict"] or "-" for m in members]
+    most = max(set(words), key=words.count)
+    rest = len(words) - words.count(most)
+    return most + (f" (+{rest} other)" if rest else "")
 
 
 def _counts(summary: dict[str, Any]) -> str:

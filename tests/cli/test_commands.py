@@ -69,7 +69,9 @@ def test_dry_run_writes_nothing(tmp_path, family, capsys):
         ([], "no MODEL"),
         (["m"], "--out=DIR is missing"),
         (["m", "--out=x", "--solver=spectral"], "needs --rank"),
-        (["m", "--out=x", "--rank=3"], "--rank goes with"),
+        (["m", "--out=x", "--rank=0"], "--rank"),
+        (["m", "--out=x", "--rank=much"], "--rank is auto, an integer or a share"),
+        (["m", "--out=x", "--solver=spectral", "--rank=0.5"], "needs --rank=INT"),
         (["m", "--out=x", "--solver=spectral", "--rank=3", "--steps=0"], "--steps"),
     ],
 )
@@ -163,12 +165,15 @@ def test_inspect_goes_on_until_three_models_are_distinct(tmp_path, family, capsy
     assert code == 0
 
 
-def test_inspect_names_mixed_dtypes(tmp_path, family, capsys):
-    half = {name: array.astype(np.float16) for name, array in family.models[1].items()}
-    pico.write(family.paths[1], half)
-    code, text, _ = call(capsys, "inspect", *family.paths)
-    assert code == 3
-    assert "tune-1: float16" in text
+def test_models_of_several_dtypes_are_solved_together(tmp_path, capsys):
+    found = pico.make(tmp_path, n_models=4)
+    half = {name: array.astype(np.float16) for name, array in found.models[1].items()}
+    pico.write(found.paths[1], half)
+    assert call(capsys, "inspect", *found.paths)[0] == 0
+    code, text, _ = call(capsys, "recover", *found.paths, f"--out={tmp_path / 'out'}", "--json")
+    assert code == 0
+    assert {entry["dtype"] for entry in json.loads(text)["inputs"]} == {"float32", "float16"}
+    assert call(capsys, "verify", tmp_path / "out")[0] == 0
 
 
 def test_verify_takes_platform(tmp_path, capsys):
