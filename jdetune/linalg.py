@@ -144,7 +144,9 @@ def svd_square(
 
 @jax.custom_batching.sequential_vmap
 def _svd_lapack(square: Array) -> tuple[Array, Array, Array]:
-    left, values, right = jnp.linalg.svd(square)
+    # the default, gesdd, now and then does not converge on graded matrices and returns NaN
+    algorithm = lax.linalg.SvdAlgorithm.QR
+    left, values, right = lax.linalg.svd(square, algorithm=algorithm)
     return left, values, right.T
 
 

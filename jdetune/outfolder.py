@@ -10,7 +10,7 @@ from jdetune.errors import InputError, OutputError
 
 STAGE = ".jdetune"
 #: What a recovery leaves in OUT, in the order it is put in place; nothing else is ever removed.
-PRODUCTS = ("base", "adapters", "report.html", "report.json")
+PRODUCTS = ("base", "adapters", "masks.safetensors", "report.html", "report.json")
 _MAX_NAME = 100
 
 

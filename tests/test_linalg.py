@@ -169,3 +169,12 @@ def test_many_solves_without_any_setting_do_not_hang():
     unset = ("XLA_FLAGS", "OPENBLAS_NUM_THREADS", "JAX_NUM_CPU_DEVICES")
     plain = {name: value for name, value in os.environ.items() if name not in unset}
     subprocess.run([sys.executable, "-c", code], env=plain, check=True, timeout=120)
+
+
+def test_svd_of_a_graded_matrix_on_which_divide_and_conquer_fails():
+    """A real one: the inner matrix of a retraction, on which LAPACK's gesdd does not converge."""
+    graded = np.load(Path(__file__).parent / "data" / "gesdd_fails_32x32.npy")
+    with linalg.scope(jnp.dtype("float64")):
+        left, values, right = (np.asarray(x) for x in linalg.svd_square(jnp.asarray(graded)))
+    assert np.abs((left * values) @ right.T - graded).max() < 1e-13 * values[0]
+    assert np.abs(left.T @ left - np.eye(32)).max() < 1e-12
