@@ -125,7 +125,7 @@ def _fill(
         seen = ~(unknown | lost)
         change = filled[row].astype(np.float64) - base[row].astype(np.float64)
         weights = np.linalg.lstsq(space[seen], change[seen], rcond=None)[0]
-        value = base[row, unknown].astype(np.float64) + space[unknown] @ weights
+        value = base[row, unknown].astype(np.float64) + np.matmul(space[unknown], weights)
         filled[row, unknown] = value.astype(base.dtype)
     return filled
 

@@ -131,7 +131,8 @@ def intersect_group(
                 one = {name: value[position] for name, value in solved.items()}
                 yield _finish(layers[index], one, dtype, solver)
             elif verdicts[position] is Status.RANK_TOO_LARGE and solver.polish:
-                ranks = triples[position, :, 0, :] @ np.array([1, 1, -1]) // 2
+                first, second, other = np.moveaxis(triples[position, :, 0], -1, 0)
+                ranks = (first + second - other) // 2
                 yield _solve_large(layers[index], ranks, solver, names)
             else:
                 yield failed(layers[index], verdicts[position])
