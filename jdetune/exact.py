@@ -27,7 +27,7 @@ REACH = 2
 #: An element is fixed for the next fit if all other grid points together are less likely than this.
 FIXED = 1e-4
 #: An element is certain if all other grid points together are less likely than this.
-CERTAIN = 2e-5
+CERTAIN = 1e-4
 #: Rounds of fixing and fitting: until the share of fixed elements grows by less than ``GROWTH``.
 ROUNDS = 6
 GROWTH = 0.01

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jdetune import explain
 from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.manifest import GROUP_BYTES, is_common, read_stack
 from jdetune.checkpoint.reader import digest, numpy_dtype
@@ -136,7 +137,8 @@ def inspect(
     entries = []
     if sample:
         solved = recover(sample)
-        entries = [_sample_entry(name, solved[name], sample[name]) for name in sample]
+        names = [checkpoint.name for checkpoint in checkpoints]
+        entries = [_sample_entry(name, solved[name], sample[name], names) for name in sample]
     code, verdict = _judge(entries, n_distinct, bool(alike))
     if code == Status.TOO_FEW_MODELS.exit_code and n_distinct < 3:
         entries = []  # what a solver says of two models means nothing
@@ -156,8 +158,14 @@ def inspect(
     }
 
 
-def _sample_entry(name: str, found: Recovery, stack: np.ndarray) -> dict[str, Any]:
+def _sample_entry(
+    name: str, found: Recovery, stack: np.ndarray, names: Sequence[str]
+) -> dict[str, Any]:
     code = Status(int(found.status))
+    groups = np.asarray(found.stats.get("base_group", np.zeros(len(stack)))).astype(np.int32)
+    notes = explain.notes_of(name, groups, stack, names) if code.has_base else []
+    text = [] if code is Status.OK else [explain.failure(code, groups, stack, names)]
+    reason = " ".join([*text, *(f"{note.model} {note.text}" for note in notes)])
     return {
         "name": name,
         "shape": list(stack.shape[1:]),
@@ -166,7 +174,7 @@ def _sample_entry(name: str, found: Recovery, stack: np.ndarray) -> dict[str, An
         "ranks": [int(rank) for rank in np.asarray(found.ranks)] if code.has_base else None,
         "predicted_error": number(found.predicted_error, floor=-40.0),
         "residual_ratio": number(found.stats.get("residual_ratio")),
-        "reason": None if code is Status.OK else code.message,
+        "reason": reason or None,
     }
 
 
@@ -180,9 +188,13 @@ def _judge(
         code = Status.NOT_LOW_RANK if alien else Status.TOO_FEW_MODELS
         return code.exit_code, f"not recoverable: {code.message}"
     bad = [Status[e["code"]] for e in entries if e["code"] != "OK"]
+    repaired = [e["reason"] for e in entries if e["code"] == "OK" and e["reason"]]
+    if not bad and repaired:
+        return 0, f"recoverable with repairs: {repaired[0]}"
     if not bad:
         return 0, "recoverable: run `jdetune recover` with these models and --out=DIR"
     if len(bad) < len(entries):
         return 0, f"recoverable in part: {len(bad)} of {len(entries)} sampled matrices are not"
     worst = max(bad, key=lambda code: code.exit_code)
-    return worst.exit_code, f"not recoverable: {worst.message}"
+    why = next(e["reason"] for e in entries if e["code"] == worst.name)
+    return worst.exit_code, f"not recoverable: {why}"

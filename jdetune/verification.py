@@ -189,6 +189,8 @@ def noise_unit(weights: np.ndarray) -> np.ndarray:
 
 
 def _miss(again: np.ndarray, target: np.ndarray) -> float:
+    finite = np.isfinite(target.astype(np.float32))  # a damaged model cannot be given back there
+    target = np.where(finite, target, again)
     error = np.abs(again.astype(np.float64) - target.astype(np.float64))
     return float(np.max(error / noise_unit(target))) / REMERGE_TOLERANCE
 
@@ -235,7 +237,11 @@ def _compare(name: str, base: Checkpoint, reference: Checkpoint) -> dict[str, An
 def _find_models(
     report: Mapping[str, Any], given: Sequence[str | Path] | None, optional: bool
 ) -> dict[str, str | Path]:
-    entries = [entry for entry in report["inputs"] if entry["duplicate_of"] is None]
+    entries = [
+        entry
+        for entry in report["inputs"]
+        if entry["duplicate_of"] is None and entry.get("left_out") is None
+    ]
     if given is not None:
         if len(given) != len(entries):
             names = ", ".join(entry["name"] for entry in entries)

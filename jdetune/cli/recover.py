@@ -154,7 +154,7 @@ def render(report: dict[str, Any], out: str) -> str:
     """The report for people."""
     summary = report["summary"]
     solved = [t for t in report["tensors"] if t["code"] is not None]
-    n_models = sum(entry["duplicate_of"] is None for entry in report["inputs"])
+    n_models = len(_solved_inputs(report))
     good = sum(t["code"] == "OK" for t in solved)
     lines = [
         f"{good} of {len(solved)} differing matrices recovered from {n_models} models "
@@ -237,8 +237,14 @@ def _failures(tensors: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def _solved_inputs(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Models that are neither a duplicate nor left out."""
+    inputs = report["inputs"]
+    return [e for e in inputs if e["duplicate_of"] is None and e["left_out"] is None]
+
+
 def _adapter_names(report: dict[str, Any]) -> list[str]:
-    names = [entry["name"] for entry in report["inputs"] if entry["duplicate_of"] is None]
+    names = [entry["name"] for entry in _solved_inputs(report)]
     return names if len(names) <= 6 else [*names[:5], f"... {len(names) - 5} more"]
 
 

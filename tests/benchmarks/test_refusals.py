@@ -11,10 +11,6 @@ from jdetune import pipeline
 from jdetune.errors import JdetuneError
 from jdetune.solvers.intersection import SubspaceIntersection
 
-#: A second rounding of all models may lift a difference's noise above the edge of one rounding.
-TWICE = ("averages", "two LoRAs", "the same in")
-MARK = pytest.mark.xfail(strict=False, reason="the noise edge knows one rounding only")
-
 
 def command(folder, paths):
     """`jdetune recover` without the refinement, which takes long to compile: code and message."""
@@ -30,11 +26,7 @@ def command(folder, paths):
     return summary["exit_code"], [*report["warnings"], *failures, solved][0]
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=MARK) if c.name.startswith(TWICE) else c for c in CASES],
-    ids=lambda case: case.name,
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_ends_as_expected(case, tmp_path):
     family = case.build()
     paths = refusals.write(tmp_path, family, case.config)
