@@ -51,7 +51,7 @@ class Snapped(NamedTuple):
       base: most likely grid point.
       wrong: probability that it is another.
       error: expected squared error.
-      mean_error: expected squared error of the mean of the models, for comparison.
+      mean_error: expected squared error of the mean of the models on that grid, for comparison.
     """
 
     base: Float[Array, "row col"]
@@ -141,7 +141,7 @@ def snap(
     chosen = jnp.sum(jnp.where(is_best, shifts, 0), axis=0)
     reference = models.values[0].astype(dtype)
     away = linalg.sum_models(models.values.astype(dtype) - reference)
-    mean = (reference - centre) + away / models.values.shape[0]
+    mean = nearest(reference + away / models.values.shape[0], grid) - centre
     of_zero, to_zero = likelihood(jnp.zeros_like(centre))
     may_be_zero = (stride > 0) & (of_zero > jnp.max(log, axis=0) - LIKELY)
     chosen = jnp.where(may_be_zero, to_zero, chosen)
@@ -233,6 +233,7 @@ class Resolved(NamedTuple):
       rounds: of fixing and fitting.
       steps: of conjugate gradients.
       grown: share of elements that the last round fixed.
+      residual_ratio: rms of what base and updates leave over, over that of the rounding error.
     """
 
     snapped: Snapped
@@ -243,6 +244,7 @@ class Resolved(NamedTuple):
     rounds: Int[Array, ""]
     steps: Int[Array, ""]
     grown: Float[Array, ""]
+    residual_ratio: Float[Array, ""]
 
 
 def resolve(
@@ -308,6 +310,7 @@ def resolve(
             rounds=carry.rounds + 1,
             steps=carry.steps + count,
             grown=fixed - already,
+            residual_ratio=jnp.sqrt(jnp.sum(jnp.square(rest)) / jnp.sum(variance)),
         )
 
     def going(carry: Resolved) -> Array:
@@ -319,5 +322,7 @@ def resolve(
     start = Snapped(base, ones, jnp.zeros_like(base), zero)
     one = jnp.float32(1) + 0 * ones[0, 0]
     return jax.lax.while_loop(
-        going, one_round, Resolved(start, left, right, 0 * one, 0 * left[:, 0, 0], none, none, one)
+        going,
+        one_round,
+        Resolved(start, left, right, 0 * one, 0 * left[:, 0, 0], none, none, one, zero),
     )

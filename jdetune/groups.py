@@ -33,6 +33,8 @@ UNREFINED_RESIDUAL_LIMIT = 30.0
 CONVERGED_RATIO = {"float64": 2.0, "float32": 4.0}
 #: A predicted error above this share of the mean of the models' says that solving did not help.
 NO_BETTER = 0.9
+#: A base whose largest element is this many times the models' is none.
+LARGER = 10.0
 #: Iterations where the ranks of three models do not fit the shape.
 LARGE_STEPS = 5000
 #: Amplification from which a base counts as not identifiable.
@@ -214,7 +216,9 @@ def _finish(
     if not float(found["tail_ratio"]) < TAIL_LIMIT[str(dtype)]:
         return failed(stack, Status.NOT_LOW_RANK)._replace(stats=stats)
     limit = RESIDUAL_LIMIT[str(dtype)] if solver.polish else UNREFINED_RESIDUAL_LIMIT
-    explained = float(found["residual_ratio"]) < limit
+    explained = float(found["residual_ratio"]) < limit and _is_sane(found["base"], stack)
+    if solver.polish:
+        explained = explained and float(found["final_ratio"]) < 2 * limit
     if not explained and isinstance(solver.rank, int):
         return failed(stack, Status.NOT_LOW_RANK)._replace(stats=stats)
     if not found["agree"] or found["shared"] or not explained:
@@ -239,6 +243,12 @@ def _finish(
         stats=stats,
         certain=found.get("certain"),
     )
+
+
+def _is_sane(base: np.ndarray, stack: np.ndarray | Array) -> bool:
+    """Whether the base is of the size of the models, not one that huge updates cancel."""
+    largest = float(np.max(np.abs(np.asarray(stack, np.float32))))
+    return bool(np.max(np.abs(base.astype(np.float32))) <= LARGER * largest)
 
 
 def _keep_energy(

@@ -139,6 +139,7 @@ def _polished(
         "grid": grid,
         "certain": certain,
         "residual_ratio": ratio,
+        "final_ratio": final.residual_ratio,
         "iterations": likely.steps + final.steps,
         "rounds": likely.rounds + final.rounds,
         "amplification": final.amplification,

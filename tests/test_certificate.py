@@ -108,22 +108,6 @@ def test_predicts_the_error_of_the_base_as_returned(seed):
     assert found.certain.mean() > 0.7
 
 
-def test_a_base_no_better_than_the_mean_says_so():
-    """Nearly shared directions amplify the rounding beyond the size of the updates."""
-    rng = np.random.default_rng(3)
-    row, col, rank = 96, 80, 4
-    base = (0.02 * rng.standard_normal((row, col))).astype(np.float32)
-    u0, v0 = (np.linalg.qr(rng.standard_normal((side, rank)))[0] for side in (row, col))
-    merged = []
-    for _ in range(4):
-        u, v = (np.linalg.qr(x + 3e-3 * rng.standard_normal(x.shape))[0] for x in (u0, v0))
-        update = u @ rng.standard_normal((rank, rank)) @ v.T
-        update *= 1e-7 * np.sqrt(row * col) / np.linalg.norm(update)
-        merged.append(base + update.astype(np.float32))
-    found = jdetune.recover(np.stack(merged))
-    assert Status(int(found.status)) in (Status.NOISE_DOMINATED, Status.SHARED_DIRECTIONS)
-
-
 @pytest.mark.parametrize(
     ("status", "exact", "amplification", "words"),
     [

@@ -21,7 +21,7 @@ LAYERS = [
     {"stack", "core", "ranks", "factors"},
     {"solvers"},
     {"exact", "certificate", "grids"},
-    {"groups", "foreign", "damage", "repair", "explain", "recovery", "sharding"},
+    {"groups", "programs", "foreign", "damage", "repair", "explain", "recovery", "sharding"},
     {"checkpoint"},
     {"outfolder", "pipeline", "solving", "report", "inspection", "verification"},
     {"cli", "__main__"},
