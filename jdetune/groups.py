@@ -32,7 +32,7 @@ UNREFINED_RESIDUAL_LIMIT = 30.0
 #: An iteration has converged if its residual is below this many times the rounding error.
 CONVERGED_RATIO = {"float64": 2.0, "float32": 4.0}
 #: A predicted error above this share of the mean of the models' says that solving did not help.
-NO_BETTER = 0.9
+NO_BETTER = 0.8
 #: A base whose largest element is this many times the models' is none.
 LARGER = 10.0
 #: Iterations where the ranks of three models do not fit the shape.

@@ -144,7 +144,7 @@ def status_cases():
     full = family.base + (1e-3 * rng.standard_normal((3, 48, 40))).astype(np.float32)
     rows = (1 + 1e-3 * rng.standard_normal((3, 48, 1))).astype(np.float32)
     step4, step8 = np.float32(0.12 / 15), np.float32(0.12 / 255)
-    small = synth.family(4, 128, 128, 4, update_rms=1e-10)
+    small = synth.family(4, 128, 128, 4, update_rms=2e-10)
     return {
         "two": (family.merged[:2], Status.TOO_FEW_MODELS),
         "other base": (np.concatenate([family.merged, other.merged]), Status.NOT_LOW_RANK),
