@@ -77,7 +77,7 @@ class Description:
         return "\n".join(
             [
                 *self.recipes,
-                f"{len(self.ratio)} layers, ranks {', '.join(map(str, found))}",
+                f"{len(self.ratio)} layer(s), ranks {', '.join(map(str, found))}",
                 f"rms(M)/rms(W): {spread(self.ratio)}",
                 f"smallest principal angle, column spaces: {spread(self.col_angle, ' deg')}",
                 f"smallest principal angle, row spaces: {spread(self.row_angle, ' deg')}",
@@ -204,11 +204,24 @@ def describe(set_name: str, count: int | None = None) -> Description:
     """Recipes, size of the updates and principal angles of a family."""
     updates = factors(set_name, count)
     bases = base_weights(set_name, tuple(updates))
+    recipes = [_recipe(folder) for folder in adapter_folders(set_name, count)]
+    return measured(recipes, bases, updates)
+
+
+def measured(
+    recipes: list[str], bases: dict[str, np.ndarray], updates: dict[str, list[Factors]]
+) -> Description:
+    """Size and principal angles of given updates.
+
+    Args:
+      recipes: what to say of how the updates came about.
+      bases: true base by tensor name.
+      updates: true updates by tensor name, one a model.
+    """
     ratio = [[_rms(one.update()) / _rms(bases[n]) for one in u] for n, u in updates.items()]
     ranks = [[one.right.shape[0] for one in u] for u in updates.values()]
     cols = [_least_angle([one.left for one in u]) for u in updates.values()]
     rows = [_least_angle([one.right.T for one in u]) for u in updates.values()]
-    recipes = [_recipe(folder) for folder in adapter_folders(set_name, count)]
     return Description(recipes, *(np.array(v) for v in (ratio, ranks, cols, rows)))
 
 

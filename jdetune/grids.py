@@ -11,9 +11,10 @@ from jdetune.types import STORAGE_DTYPES
 
 #: Coarser grids that a base may lie on, finest first, by the widest dtype of the models.
 COARSER = {"float32": ("float16", "bfloat16"), "float16": ("bfloat16",), "bfloat16": ()}
-#: Share of a base that may be off a grid it is said to lie on, and the amplification of the noise
-#: that there is room for where it is not known.
-ON_GRID = 0.01
+#: Share of a base that may be off a grid it is said to lie on, by the widest dtype of the models
+#: (16 bits leave noise that is not spread evenly), and the amplification of the noise that there is
+#: room for where it is not known.
+ON_GRID = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.1}
 CAUTION_GRID = 5.0
 #: A base is finer than its 16-bit models above this share off their grid, with residuals this near
 #: to the rounding error.
@@ -140,6 +141,6 @@ def find_grid(
         found = jnp.where((off > OFF_GRID) & jnp.isfinite(off) & usual, 0, found).astype(jnp.int32)
     room = jnp.square(CAUTION_GRID if known_amplification is None else known_amplification)
     for name in COARSER[finest]:
-        fits = off_grid(base, variance * room, grid(name)) < ON_GRID
+        fits = off_grid(base, variance * room, grid(name)) < ON_GRID[finest]
         found = jnp.where(fits, jnp.int32(STORAGE_DTYPES.index(name)), found)
     return found
