@@ -25,7 +25,7 @@ TARGET, TARGET_HELD_OUT = 0.95, 1.0
 EXACT = -25.0
 HEADER = (
     "case", "n", "layers", "refused", "within 0.3", "within 0.4", "worst", "mean difference",
-    "true log10 MSE", "exact", "exact, estimated",
+    "true log10 MSE", "exact", "exact, estimated", "certain, wrong",
 )  # fmt: skip
 
 
@@ -104,6 +104,8 @@ def row(case: Case, points: Sequence[Point]) -> list[str]:
         of(lambda p: p.score.error),
         of(lambda p: p.score.found.exact),
         of(lambda p: p.score.exact_estimate),
+        f"{sum(p.score.found.certain_wrong for p in known)} of"
+        f" {sum(p.score.found.certain_count for p in known)}",
     ]
 
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 #: log10 MSE that stands for everything at or below it: exact layers.
 LEAST = -25.0
+#: Share of wrong elements that stands for none.
+NONE_WRONG = 1e-7
 BAND = 0.3
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
 
@@ -66,27 +68,40 @@ def _errors(axes: Any, points: Sequence["Point"], colours: dict) -> None:
     _scatter(axes, points, colours, _true, _predicted)
     axes.set(xlim=ends, ylim=ends, ylabel="predicted log10 MSE")
     axes.set_title("Error of the base: predicted without the truth, against the truth")
-    axes.text(LEAST, LEAST + 1.1, "exact", ha="center", fontsize=9, color="0.3")
+    axes.annotate("exact", (LEAST, LEAST), (LEAST + 1.2, LEAST), va="center", fontsize=9)
     axes.grid(alpha=0.25)
 
 
 def _differences(axes: Any, points: Sequence["Point"], colours: dict) -> None:
     axes.axhspan(-BAND, BAND, color="0.85")
     axes.axhline(0, color="0.4", linewidth=1)
-    _scatter(axes, points, colours, _true, lambda p: _predicted(p) - _true(p))
-    largest = max(abs(_predicted(p) - _true(p)) for p in points)
-    reach = min(max(1.1 * largest, 2 * BAND), 3.0)
-    axes.set(ylim=(-reach, reach), xlabel="true log10 MSE", ylabel="predicted less true")
+    reach = 1.2
+
+    def difference(p: "Point") -> float:
+        return float(np.clip(_predicted(p) - _true(p), -reach, reach))
+
+    _scatter(axes, points, colours, _true, difference)
+    axes.set(ylim=(-1.1 * reach, 1.1 * reach), xlabel="true log10 MSE")
+    beyond = sum(abs(_predicted(p) - _true(p)) > reach for p in points)
+    more = f"\n({beyond} beyond {reach} drawn at the edge)" if beyond else ""
+    axes.set_ylabel("predicted less true" + more)
     axes.grid(alpha=0.25)
 
 
 def _fractions(axes: Any, points: Sequence["Point"], colours: dict) -> None:
-    axes.plot([0, 1], [0, 1], color="0.4", linewidth=1)
-    found = [(p.score.found.exact, p.score.exact_estimate) for p in points]
-    _scatter(axes, points, colours, lambda p: p.score.found.exact, lambda p: p.score.exact_estimate)
-    least = max(min(map(min, found)) - 0.02, -0.02)
-    axes.set(xlim=(least, 1.01), ylim=(least, 1.01), xlabel="true exact fraction")
-    axes.set(ylabel="estimated exact fraction", title="Share of elements that are exact")
+    def true(p: "Point") -> float:
+        return max(1 - p.score.found.exact, NONE_WRONG)
+
+    def estimated(p: "Point") -> float:
+        return max(1 - p.score.exact_estimate, NONE_WRONG)
+
+    ends = (NONE_WRONG / 2, 1.5)
+    axes.plot(ends, ends, color="0.4", linewidth=1)
+    _scatter(axes, points, colours, true, estimated)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    axes.set(xlabel="true share of wrong elements", ylabel="estimated share of wrong elements")
+    axes.set_title("Elements that are not exact: estimated, against the truth")
+    axes.annotate("none", (NONE_WRONG, NONE_WRONG), (3 * NONE_WRONG, NONE_WRONG), va="center")
     axes.grid(alpha=0.25)
 
 
