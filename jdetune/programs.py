@@ -35,8 +35,9 @@ CERTIFIED = (
     "rounds",
     "slack",
 )
-#: Conditioning below which the error bound of the worst single direction is counted, and no element
-#: is called certain.
+#: Conditioning below which no element is called certain: errors of one direction are common to all.
+UNSURE = 1e-5
+#: Conditioning below which the error bound of the worst single direction is counted.
 ILL_CONDITIONED = 1e-6
 #: Conditioning that is assumed of what the iterative solver has found, which has no closed form.
 ITERATED_CONDITIONING = 1e-2
@@ -141,7 +142,7 @@ def _polished(
     error = jnp.mean(snapped.error) + hidden
     share = jnp.where(hidden > 0, 1 - hidden / error, 1)
     amplification = jnp.maximum(final.amplification, jnp.sqrt(hidden / noise).astype(jnp.float32))
-    certain = (snapped.wrong < exact.certain_below(amplification)) & (hidden == 0)
+    certain = (snapped.wrong < exact.certain_below(amplification)) & (conditioning >= UNSURE)
     return {
         **_balanced(final.left, final.right, ranks),
         "base": snapped.base.astype(jnp.float32),
