@@ -24,7 +24,8 @@ from jdetune.solvers.refit import refit
 
 #: Grid points tried either side of the estimate.
 REACH = 2
-#: An element is fixed for the next fit if all other grid points together are less likely than this.
+#: An element is fixed for the next fit if all other grid points together are less likely than this
+#: (where noise is not amplified).
 FIXED = 1e-4
 #: An element is certain if all other grid points together are less likely than this.
 CERTAIN = 1e-4
@@ -67,6 +68,15 @@ def certain_below(amplification: Float[Array, ""]) -> Float[Array, ""]:
     one replicate says.
     """
     return CERTAIN / jnp.maximum(amplification, 1) ** 4
+
+
+def fixed_below(amplification: Float[Array, ""]) -> Float[Array, ""]:
+    """Probability of another grid point below which an element is fixed for the next fit.
+
+    Smaller where noise is amplified, as ``certain_below``: a wrong element that is fixed pulls the
+    updates with it. Not as small, for too few fixed elements leave the noise amplified.
+    """
+    return FIXED / jnp.maximum(amplification, 1) ** 2
 
 
 def snap(
@@ -284,7 +294,8 @@ def resolve(
         return nearest(weighted_base(models, left, right, variance), grid)
 
     def one_round(carry: Resolved) -> Resolved:
-        base, before = carry.snapped.base, carry.snapped.wrong < FIXED
+        base = carry.snapped.base
+        before = carry.snapped.wrong < fixed_below(carry.amplification)
         left, right, count = refit(
             models, carry.left, carry.right, ranks, scales, base, before, rounding
         )
@@ -297,15 +308,14 @@ def resolve(
         slack = jnp.maximum(_outside(rest, units, softness, before), least_slack)
         softness = softness + jnp.square(slack[:, None, None] * units)
         found = snap(models, left, right, centre, before, softness, errors.leverage, grid)
-        fixed, already = (
-            jnp.mean(one.wrong < FIXED, dtype=jnp.float32) for one in (found, carry.snapped)
-        )
-        first = carry.rounds == 0
+        amplification = jnp.where(carry.rounds == 0, errors.amplification, carry.amplification)
+        fixed = jnp.mean(found.wrong < fixed_below(amplification), dtype=jnp.float32)
+        already = jnp.mean(before, dtype=jnp.float32)
         return Resolved(
             snapped=found,
             left=left,
             right=right,
-            amplification=jnp.where(first, errors.amplification, carry.amplification),
+            amplification=amplification,
             slack=slack,
             rounds=carry.rounds + 1,
             steps=carry.steps + count,
