@@ -42,3 +42,45 @@ def balanced_factors(
         return b * sign, (a * sign).T
 
     return jax.vmap(one)(left, core, right, ranks)
+
+
+def balanced_products(
+    left: Float[Array, "model row rank"],
+    right: Float[Array, "model rank col"],
+    ranks: Int[Array, " model"],
+) -> tuple[Float[Array, "model row rank"], Float[Array, "model rank col"]]:
+    r"""As ``balanced_factors`` of ``left @ right``, through r x r Gram matrices: for long factors.
+
+    With Gram matrices :math:`G = B^T B`, :math:`H = A A^T` and
+    :math:`G^{1/2} H G^{1/2} = Q S^2 Q^T`, the factors are :math:`B\,G^{-1/2} Q S^{1/2}` and
+    :math:`S^{-1/2} Q^T G^{1/2} A`. Good for singular values
+    down to 1e-7 of the largest, in float64.
+
+    Args:
+      left: B, zero past each rank.
+      right: A, zero past each rank.
+      ranks: rank of each update.
+
+    Returns:
+      B and A in float32.
+    """
+
+    def one(left: Array, right: Array, rank: Array) -> tuple[Array, Array]:
+        power, axes = linalg.eigh_descending(linalg.matmul(left.T, left))
+        floor = jnp.maximum(power[0] * jnp.finfo(power.dtype).eps, jnp.finfo(power.dtype).tiny)
+        size = jnp.sqrt(jnp.maximum(power, floor))
+        root = linalg.matmul(axes * size, axes.T)
+        inverse = linalg.matmul(axes / size, axes.T)
+        inner = linalg.matmul(linalg.matmul(root, linalg.matmul(right, right.T)), root)
+        square, turn = linalg.eigh_descending(inner)
+        keep = jnp.arange(square.shape[0], dtype=jnp.int32) < rank
+        values = jnp.sqrt(jnp.sqrt(jnp.where(keep, jnp.maximum(square, 0), 0)))
+        safe = jnp.where(values > 0, values, 1)
+        b = linalg.matmul(left, linalg.matmul(inverse, turn) * values)
+        a = linalg.matmul(jnp.where(values > 0, 1 / safe, 0)[:, None] * turn.T, root)
+        a = linalg.matmul(a, right)
+        peak = jnp.take_along_axis(b, jnp.argmax(jnp.abs(b), axis=0)[None], axis=0)
+        sign = jnp.where(peak < 0, -1, 1).astype(b.dtype)
+        return (b * sign).astype(jnp.float32), (a * sign.T).astype(jnp.float32)
+
+    return linalg.map_batched(lambda operands: one(*operands), (left, right, ranks), 1)

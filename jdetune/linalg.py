@@ -112,10 +112,14 @@ def orthonormalize(y: Float[Array, "row width"]) -> Float[Array, "row width"]:
     """
     if y.dtype == jnp.float32:
         return _qr(y)[0]
-    return _whiten(_whiten(y))
+    return whiten(whiten(y))
 
 
-def _whiten(y: Float[Array, "row width"]) -> Float[Array, "row width"]:
+def whiten(y: Float[Array, "row width"]) -> Float[Array, "row width"]:
+    """Basis of the columns from the eigenvectors of their Gram matrix, weakest first.
+
+    Orthonormal to the square root of the precision over the condition number, or better.
+    """
     values, vectors = _eigh(matmul(y.T, y))
     info = jnp.finfo(y.dtype)
     floor = jnp.maximum(values[-1] * (info.eps * y.shape[1]), info.tiny)
@@ -197,7 +201,7 @@ def _qr_leading(y: Array, active: Array) -> Array:
 
 
 def _whiten_leading(y: Array, active: Array) -> Array:
-    return jnp.where(active, _whiten(_whiten(y))[:, ::-1], 0)  # eigh puts the null space first
+    return jnp.where(active, whiten(whiten(y))[:, ::-1], 0)  # eigh puts the null space first
 
 
 def qr_basis(y: Float[Array, "side width"]) -> Float[Array, "side thin"]:

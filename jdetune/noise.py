@@ -89,9 +89,10 @@ def ulp(
     """
     info = jnp.finfo(weights.dtype)
     least = jnp.float32(info.smallest_normal) if smallest is None else smallest
-    magnitude = jnp.abs(weights.astype(jnp.float32))
-    _, exponent = jnp.frexp(jnp.maximum(magnitude, least))
-    return jnp.ldexp(jnp.float32(info.eps) if eps is None else eps, exponent - 1)
+    magnitude = jnp.maximum(jnp.abs(weights.astype(jnp.float32)), least)
+    bits = jax.lax.bitcast_convert_type(magnitude, jnp.uint32) & jnp.uint32(0x7F800000)
+    binade = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return binade * (jnp.float32(info.eps) if eps is None else eps)
 
 
 def spacing(models: Merged) -> Float[Array, "model row col"]:

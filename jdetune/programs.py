@@ -1,16 +1,19 @@
 """The compiled programs that solve a chunk of same-shaped layers."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Float
 
 from jdetune import certificate, exact, grids, linalg
-from jdetune.factors import balanced_factors
+from jdetune.factors import balanced_factors, balanced_products
 from jdetune.noise import Merged
-from jdetune.solvers import intersection, likelihood, spectral
+from jdetune.sharding import over_layers
+from jdetune.solvers import intersection, likelihood, rowspace, spectral
 from jdetune.solvers.intersection import PairFactors, Scales, SubspaceIntersection
 from jdetune.solvers.spectral import SpectralDeTuning
 from jdetune.types import STORAGE_DTYPES
@@ -35,51 +38,73 @@ CERTIFIED = (
     "rounds",
     "slack",
 )
+#: What the refinement starts from.
+START = ("left", "right", "ranks", "scales", "conditioning")
 #: Conditioning below which no element is called certain: errors of one direction are common to all.
 UNSURE = 1e-5
 #: Conditioning below which the error bound of the worst single direction is counted.
 ILL_CONDITIONED = 1e-6
-#: Conditioning that is assumed of what the iterative solver has found, which has no closed form.
-ITERATED_CONDITIONING = 1e-2
 
 
-@functools.partial(jax.jit, static_argnames=("width", "dtype", "batch_size"))
+@functools.partial(jax.jit, static_argnames=("width", "dtype", "batch_size", "mesh"))
 def factor(
-    weights: Merged, width: int, dtype: jnp.dtype, batch_size: int
+    weights: Merged, width: int, dtype: jnp.dtype, batch_size: int, mesh: Mesh | None = None
 ) -> tuple[PairFactors, Scales]:
     """Singular triplets of all pairwise differences, and the whitening, of every layer."""
     run = functools.partial(
         intersection.factor_pairs, width=width, dtype=dtype, batch_size=batch_size
     )
-    return jax.vmap(run)(weights)
+    return over_layers(run, mesh, weights)
 
 
-@functools.partial(jax.jit, static_argnames=("max_rank", "solver", "finest", "mixed"))
+@functools.partial(jax.jit, static_argnames=("max_rank", "batch_size", "mesh"))
+def row_spaces(
+    weights: Merged, max_rank: int, batch_size: int, mesh: Mesh | None = None
+) -> dict[str, Array]:
+    """Base and updates of every layer by the short way; valid where ``clear``."""
+
+    def one(weights: Merged) -> dict[str, Array]:
+        found = rowspace.solve_layer(weights, max_rank, batch_size)
+        nothing = jnp.zeros((), bool)
+        return found._asdict() | {
+            "agree": ~nothing,
+            "shared": nothing,
+            "tail_ratio": found.residual_ratio,
+            "shared_margin": jnp.full_like(found.conditioning, jnp.inf),
+        }
+
+    return over_layers(one, mesh, weights)
+
+
+@functools.partial(jax.jit, static_argnames=("max_rank", "known", "mesh"))
 def intersect(
     weights: Merged,
     factors: PairFactors,
     scales: Scales,
     max_rank: int,
-    solver: SubspaceIntersection,
-    finest: str,
-    mixed: bool,
+    known: int | None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Array]:
-    """Closed form of every layer; with ``polish`` also all that follows it."""
+    """Closed form of every layer from the factors of its differences."""
 
     def one(weights: Merged, factors: PairFactors, scales: Scales) -> dict[str, Array]:
-        known = solver.rank if isinstance(solver.rank, int) else None
         found = intersection.intersect(weights, factors, scales, max_rank, known)
-        left, right = linalg.matmul(found.left, found.core), jnp.swapaxes(found.right, 1, 2)
-        fields = {name: getattr(found, name) for name in (*CLOSED_FORM, "agree", "shared")}
-        if not solver.polish:
-            base = found.base.astype(finest)
-            return {**fields, "base": base, **_balanced(left, right, found.ranks)}
-        ready = _polished(
-            weights, left, right, found.ranks, scales, solver, finest, mixed, found.conditioning
-        )
-        return fields | ready
+        fields = {name: getattr(found, name) for name in (*CLOSED_FORM, "agree", "shared", "base")}
+        left = linalg.matmul(found.left, found.core)
+        return fields | {"left": left, "right": jnp.swapaxes(found.right, 1, 2), "scales": scales}
 
-    return jax.vmap(one)(weights, factors, scales)
+    return over_layers(one, mesh, weights, factors, scales)
+
+
+@functools.partial(jax.jit, static_argnames=("finest", "mesh"))
+def unpolished(found: dict[str, Array], finest: str, mesh: Mesh | None = None) -> dict[str, Array]:
+    """The closed form as it is returned: base in its dtype, factors balanced."""
+
+    def one(base: Array, left: Array, right: Array, ranks: Array) -> dict[str, Array]:
+        b, a = balanced_products(left, right, ranks)
+        return {"base": base.astype(finest), "left": b, "right": a}
+
+    return over_layers(one, mesh, *(found[name] for name in ("base", "left", "right", "ranks")))
 
 
 def _polished(
@@ -161,24 +186,31 @@ def _polished(
     }
 
 
-@functools.partial(jax.jit, static_argnames=("solver", "finest", "mixed"))
+@functools.partial(jax.jit, static_argnames=("solver", "finest", "mixed", "mesh"))
 def polish(
     weights: Merged,
-    left: Float[Array, "layer model row rank"],
-    right: Float[Array, "layer model rank col"],
-    ranks: Int[Array, "layer model"],
+    found: dict[str, Any],
     solver: SubspaceIntersection,
     finest: str,
     mixed: bool,
+    mesh: Mesh | None = None,
 ) -> dict[str, Array]:
-    """Refines, decides and certifies updates that another solver has found."""
+    """Refines, decides and certifies what a solver has found.
 
-    def one(weights: Merged, left: Array, right: Array, ranks: Array) -> dict[str, Array]:
-        scales = intersection.noise_scales(weights, left.dtype)
-        conditioning = jnp.asarray(ITERATED_CONDITIONING, left.dtype)
+    ``found`` holds what ``START`` names.
+    """
+
+    def one(weights: Merged, found: dict) -> dict[str, Array]:
+        left, right, ranks, scales, conditioning = (found[name] for name in START)
         return _polished(weights, left, right, ranks, scales, solver, finest, mixed, conditioning)
 
-    return jax.vmap(one)(weights, left, right, ranks)
+    return over_layers(one, mesh, weights, found)
+
+
+@jax.jit
+def scales_of(weights: Merged) -> Scales:
+    """Whitening of every layer."""
+    return jax.vmap(lambda w: intersection.noise_scales(w, linalg.resolve_dtype("auto")))(weights)
 
 
 def _balanced(left: Array, right: Array, ranks: Array) -> dict[str, Array]:

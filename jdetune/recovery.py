@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdetune import explain, repair
+from jdetune.closed_form import intersect_group
 from jdetune.errors import RecoveryFailed
-from jdetune.groups import LayerResult, failed, intersect_group, iterate_group
+from jdetune.groups import LayerResult, failed
+from jdetune.iterated import iterate_group
 from jdetune.linalg import resolve_dtype
 from jdetune.metrics import LOG_MSE_FLOOR
 from jdetune.result import Adapters, Recoveries, Recovery
