@@ -82,7 +82,7 @@ def test_the_numerical_side_knows_no_files(path):
 
 def test_import_is_light_and_touches_no_backend():
     code = (
-        "import sys, jdetune; from jax._src import xla_bridge as b\n"
+        "import sys, jdetune; jdetune.recover; from jax._src import xla_bridge as b\n"
         "assert not b.backends_are_initialized()\n"
         "heavy = {'flax', 'optax', 'safetensors', 'torch', 'absl', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -91,11 +91,19 @@ def test_import_is_light_and_touches_no_backend():
 
 
 def test_public_names_are_few_and_documented():
-    names = [name for name in vars(jdetune) if not name.startswith("_")]
-    public = [name for name in names if not isinstance(vars(jdetune)[name], type(ast))]
-    assert len(public) <= 25
-    for name in public:
+    assert len(jdetune.__all__) <= 25
+    for name in jdetune.__all__:
         assert getattr(jdetune, name).__doc__, name
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        _ = jdetune.nothing_like_this
+
+
+def test_import_loads_no_module_of_the_package_before_it_is_asked_for():
+    code = "import sys, jdetune; print(sum(name.startswith('jdetune.') for name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "0"
 
 
 def tracked():

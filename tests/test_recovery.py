@@ -42,8 +42,11 @@ def test_four_axes_and_a_mapping_equal_each_layer_alone():
     for index, family in enumerate(families):
         alone = jdetune.recover(family.merged, solver=PLAIN)
         for other in (stacked.layer(index), mapped[str(index)]):
+            np.testing.assert_array_equal(other.base, alone.base)
+            np.testing.assert_array_equal(other.ranks, alone.ranks)
+            # float32 sums of the rounding's power are taken in another order on another device
             for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(alone), strict=True):
-                np.testing.assert_array_equal(a, b)
+                np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-8)
 
 
 def test_mapping_of_mixed_shapes_keeps_names_order_and_ranks():

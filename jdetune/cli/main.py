@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jdetune.cli.compile_cache import use_compile_cache
+
 #: Subcommand to what it does; each is a module of this package with ``main(argv) -> int``.
 COMMANDS = {
     "recover": "base and adapters of three or more merged models",
@@ -33,11 +35,13 @@ def prepare_environment() -> None:
 
     One BLAS thread: JAX has its own pool, and two pools fight for the cores. XLA's
     concurrency-optimised scheduler is off, since it slows many small factorisations on CPU.
+    Compiled programs are kept between runs.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     xla = os.environ.get("XLA_FLAGS", "")
     if _SCHEDULER_FLAG not in xla:
         os.environ["XLA_FLAGS"] = f"{xla} {_SCHEDULER_FLAG}=false".strip()
+    use_compile_cache(os.environ)
 
 
 def main(argv: Sequence[str]) -> int:

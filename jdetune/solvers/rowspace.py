@@ -109,9 +109,9 @@ def solve_layer(weights: Weights, max_rank: int, batch_size: int = 1) -> RowSpac
     ranks_of_pairs = jnp.sum(values > edge[:, None], axis=1, dtype=jnp.int32)
     held = jnp.arange(width, dtype=jnp.int32) < ranks_of_pairs[:, None]
     turn = jnp.where(held[:, None], pairs.turn, 0)[:, :, : 2 * max_rank]
-    rows, ranks, apart = _common(pairs.rows, turn, max_rank, batch_size)
+    rows, ranks, apart = _common(pairs, turn, max_rank, batch_size)
     active = jnp.arange(max_rank, dtype=jnp.int32) < ranks[:, None]
-    rows = jnp.where(active[:, :, None], rows, 0).astype(jnp.float32)
+    rows = jnp.where(active[:, :, None], rows, 0).astype(_product_dtype(row, col))
 
     probes = jax.random.rademacher(jax.random.key(2), (PROBES, col), jnp.float32)
     seen = _project(models.values, (centre, rest), rows, probes, noise.scales, batch_size)
@@ -238,7 +238,7 @@ def _blocks(long: Array) -> list[slice]:
 
 
 def _common(
-    rows: Float[Array, "model width col"],
+    pairs: _Pairs,
     turn: Float[Array, "model width held"],
     max_rank: int,
     batch_size: int,
@@ -246,17 +246,22 @@ def _common(
     """What the differences of a model to its two neighbours have in common, and if that is clear.
 
     With orthonormal X and Y and the decomposition of X^T Y, the directions X u + Y v of one
-    singular value c are orthogonal and of the squared length 2 + 2c.
+    singular value c are orthogonal and of the squared length 2 + 2c. All c are nearly one, so u is
+    any basis; it is turned to the axes of the difference, strongest first.
     """
+    rows = pairs.rows
     here = jnp.arange(rows.shape[0], dtype=jnp.int32)
 
     def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
         x, y = pair
         angles = linalg.matmul(linalg.matmul(turn[x].T, linalg.matmul(rows[x], rows[y].T)), turn[y])
         square, u = linalg.eigh_descending(linalg.matmul(angles, angles.T))
-        u, cosine = u[:, :max_rank], jnp.sqrt(jnp.maximum(square[:max_rank], 1e-3))
+        cosine = jnp.sqrt(jnp.maximum(square[:max_rank], 1e-3))
+        u = jnp.where(square[:max_rank] > COMMON, u[:, :max_rank], 0)
         v = linalg.matmul(angles.T, u) / cosine
-        u, v = (w / jnp.sqrt(2 + 2 * cosine) for w in (u, v))
+        seen = pairs.values[x, : u.shape[0], None] * u
+        _, axes = linalg.eigh_descending(linalg.matmul(seen.T, seen))
+        u, v = (linalg.matmul(w / jnp.sqrt(2 + 2 * cosine), axes) for w in (u, v))
         both = linalg.matmul(linalg.matmul(turn[x], u).T, rows[x])
         return both + linalg.matmul(linalg.matmul(turn[y], v).T, rows[y]), square
 
@@ -279,7 +284,7 @@ def _project(
 
     def one(operands: tuple[Array, Array]) -> Array:
         stored, own = operands
-        target = (jnp.concatenate([own, probes]).astype(dtype) / across).T
+        target = (jnp.concatenate([own, probes.astype(dtype)]) / across).T
 
         def part(block: slice) -> Array:
             error = stored[:, block].astype(dtype) - mean[0][:, block].astype(dtype)
@@ -292,7 +297,7 @@ def _project(
 
 
 def _gram(rows: Float[Array, "model rank col"]) -> Float[Array, "all all"]:
-    """Inner products of all rows: float64 within a model; float32 across, where they are small."""
+    """Inner products of all rows; float64 within a model, where they are not small."""
     n_models, rank, col = rows.shape
     wide = rows.reshape(-1, col)
     across = linalg.matmul(wide, wide.T).astype(jnp.float64)
