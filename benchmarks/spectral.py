@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from absl import app, flags
 
 import jdetune
 from benchmarks.families import merged_stacks
+from benchmarks.paper import paper_in_torch
 from jdetune.metrics import exact_fraction, log_mse
 
 FLAGS = flags.FLAGS
@@ -26,31 +26,6 @@ flags.DEFINE_integer("rank", 16, "Rank given to the paper's solver.")
 flags.DEFINE_integer("steps", 300, "Steps of the paper's solver.")
 flags.DEFINE_integer("layers", 4, "Number of matrices.", lower_bound=1)
 flags.DEFINE_integer("repeats", 3, "Timed runs of each solver on each matrix.", lower_bound=1)
-
-
-def paper_in_torch(stack: np.ndarray, rank: int, steps: int) -> np.ndarray:
-    """Algorithm 1 with the increase-on-plateau schedule, float32, as its authors run it."""
-    torch.manual_seed(0)
-    merged = torch.from_numpy(stack)
-    base = merged.mean(0)
-    current, best, bad = 1, float("inf"), 0
-    for step in range(1, steps + 1):
-        updates = []
-        for model in merged:
-            u, s, v = torch.svd_lowrank(model - base, q=current)
-            updates.append((u * s) @ v.T)
-        low = torch.stack(updates)
-        base = (merged - low).mean(0)
-        loss = torch.mean((merged - base - low) ** 2).item()
-        if step >= steps / 2:
-            current = rank
-        elif loss < best:
-            best, bad = loss, 0
-        else:
-            bad += 1
-            if bad > 15:
-                current, bad = min(2 * current, rank), 0
-    return base.numpy()
 
 
 def solvers(rank: int, steps: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
