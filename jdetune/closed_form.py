@@ -28,6 +28,8 @@ FIRST_WIDTH = 48
 HEADROOM = 8
 #: The rank axis comes in steps of this, so that few programs are compiled.
 RANK_STEP = 4
+#: Layers a thread from which the first is solved before the others.
+FEW = 4
 #: Side of the folded difference that tells the first guess of the rank.
 FOLDED = 256
 
@@ -84,11 +86,12 @@ def intersect_group(
     widths = _Widths(_first_rank(layers[0], group), min(FIRST_WIDTH, min(shape)))
     some = list(chunks(len(layers), sizes.layers))
     solve = functools.partial(_solve_chunk, group)
-    results, widths = solve([layers[index] for index in some[0]], widths)
-    yield from results[: len(set(some[0]))]
+    if len(some) >= FEW * sizes.threads:  # the first tells the others the sizes
+        results, widths = solve([layers[index] for index in some[0]], widths)
+        yield from results[: len(set(some.pop(0)))]
     with ThreadPoolExecutor(sizes.threads) as pool:
         waiting: deque = deque()
-        for chunk in some[1:]:
+        for chunk in some:
             stacks = [layers[index] for index in chunk]
             waiting.append((len(set(chunk)), pool.submit(solve, stacks, widths)))
             if len(waiting) > sizes.threads:
@@ -102,7 +105,10 @@ def _solve_chunk(
     group: _Group, stacks: Sequence[np.ndarray | Array], widths: _Widths
 ) -> tuple[list[LayerResult], _Widths]:
     """Results of layers that are worked on together, and the sizes that were enough."""
-    stack = jnp.stack([jnp.asarray(layer) for layer in stacks])
+    if len(stacks) == 1:
+        stack = stacks[0][None]
+    else:
+        stack = (np if isinstance(stacks[0], np.ndarray) else jnp).stack(stacks)
     grids = as_merged(stack[0], group.names)
     size = len(stacks)
     weights = put(Merged(stack, *(np.tile(part, (size, 1)) for part in grids[1:])), group.mesh)
@@ -126,8 +132,9 @@ def _first_rank(stack: np.ndarray | Array, group: _Group) -> int:
     if isinstance(group.solver.rank, int):
         return 0
     difference = np.asarray(stack[0], np.float32) - np.asarray(stack[1], np.float32)
-    values = np.linalg.svd(_fold(_fold(difference).T).astype(np.float64), compute_uv=False)
-    gaps = values[:-1] / np.maximum(values[1:], 1e-7 * values[0] + 1e-30)
+    small = _fold(_fold(difference).T).astype(np.float64)
+    values = np.linalg.eigvalsh(small @ small.T)[::-1]
+    gaps = values[:-1] / np.maximum(values[1:], 1e-14 * values[0] + 1e-60)
     return _rank_step(int(np.argmax(gaps) + 2) // 2, group) if len(gaps) else 0
 
 

@@ -108,8 +108,12 @@ def finish(
 
 def _is_sane(base: np.ndarray, stack: np.ndarray | Array) -> bool:
     """Whether the base is of the size of the models, not one that huge updates cancel."""
-    largest = float(np.max(np.abs(np.asarray(stack, np.float32))))
-    return bool(np.max(np.abs(base.astype(np.float32))) <= LARGER * largest)
+    return _largest(base) <= LARGER * _largest(stack)
+
+
+def _largest(array: np.ndarray | Array) -> float:
+    """Largest magnitude, without a copy of the array."""
+    return float(max(array.max(), -array.min()))
 
 
 def _keep_energy(

@@ -67,6 +67,6 @@ def plan(shape: tuple[int, ...], count: int, polish: bool, max_memory: int | Non
     if jax.default_backend() == "cpu":
         if devices > 1:
             return Sizes(devices, devices, 1, 1)
-        return Sizes(1, 1, 1, max(1, min(fit, cores(), count - 1)))
+        return Sizes(1, 1, 1, max(1, min(fit, cores(), count)))
     here = min(fit, MOST_LAYERS, -(-count // devices))
     return Sizes(here * devices, devices, 2 * n_models if fit > 1 else 1, 1)

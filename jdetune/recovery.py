@@ -161,7 +161,8 @@ def _groups(result: LayerResult, kept: Sequence[int]) -> np.ndarray:
 def _solve_group(
     stacks: Sequence[Array], kept: Sequence[int], solver: Solver
 ) -> Iterator[LayerResult]:
-    distinct = [stack[np.asarray(kept)] for stack in stacks]
+    every = len(kept) == stacks[0].shape[0]
+    distinct = list(stacks) if every else [stack[np.asarray(kept)] for stack in stacks]
     if len(kept) < 3:
         return (failed(stack, Status.TOO_FEW_MODELS) for stack in distinct)
     closed_form = isinstance(solver, SubspaceIntersection)

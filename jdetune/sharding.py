@@ -23,9 +23,7 @@ def _mesh(devices: tuple[Any, ...]) -> Mesh:
 
 def put(layers: Any, mesh: Mesh | None) -> Any:
     """Arrays with a leading layer axis on their devices; the axis is a multiple of the mesh."""
-    if mesh is None:
-        return jax.tree.map(jax.numpy.asarray, layers)
-    return jax.device_put(layers, NamedSharding(mesh, _LAYER))
+    return jax.device_put(layers, None if mesh is None else NamedSharding(mesh, _LAYER))
 
 
 def over_layers(function: Callable, mesh: Mesh | None, *operands: Any) -> Any:
@@ -43,8 +41,8 @@ def over_layers(function: Callable, mesh: Mesh | None, *operands: Any) -> Any:
     def local(*operands: Any) -> Any:
         if jax.tree.leaves(operands)[0].shape[0] > 1:
             return jax.vmap(function)(*operands)
-        one = jax.tree.map(lambda part: part[0], operands)
-        return jax.tree.map(lambda part: part[None], function(*one))
+        one = jax.tree.map(lambda part: part.reshape(part.shape[1:]), operands)
+        return jax.tree.map(lambda part: part.reshape(1, *part.shape), function(*one))
 
     if mesh is None:
         return local(*operands)
