@@ -42,8 +42,11 @@ WELL_CONDITIONED = 1e-2
 RESIDUAL_LIMIT = 1.5
 #: Random vectors that the residual is seen through.
 PROBES = 4
-#: Length of float32 sums; they are added up in float64.
+#: Length of float32 sums, at least, and their number, at most; they are added up in float64.
 BLOCK = 128
+BLOCKS = 16
+#: Power that stands for none.
+TINY = 1e-60
 #: Elements from which products over the elements are float32.
 LARGE = 2**20
 
@@ -121,7 +124,7 @@ def solve_layer(weights: Weights, max_rank: int, batch_size: int = 1) -> RowSpac
     system = _system(gram, n_models, active)
     inverse = linalg.inverse_psd(system)
     data = jnp.moveaxis(seen[:, :, :max_rank], 0, 1).reshape(row, -1)
-    left = linalg.matmul(data, inverse)
+    left = jnp.where(active.reshape(-1), linalg.matmul(data, inverse), 0)
     shift = linalg.matmul(left * noise.scales.row[:, None], wide * noise.scales.col)
     left = jnp.moveaxis(left.reshape(row, n_models, max_rank), 1, 0)
 
@@ -132,12 +135,11 @@ def solve_layer(weights: Weights, max_rank: int, batch_size: int = 1) -> RowSpac
     share = jnp.mean(jnp.square(residual)) / col / power * n_models / (n_models - 1)
     ratio = jnp.sqrt(share)
 
-    conditioning = _conditioning(left, gram, active)
+    conditioning = _conditioning(left, gram)
     last = jnp.take_along_axis(values, jnp.maximum(ranks_of_pairs - 1, 0)[:, None], axis=1)[:, 0]
     first_out = jnp.minimum(ranks_of_pairs, width - 1)[:, None]
     after = jnp.take_along_axis(values, first_out, axis=1)[:, 0]
-    some = ranks_of_pairs > 0
-    clear = jnp.all(~some | (last > CLEAR * edge)) & jnp.all(apart)
+    clear = jnp.all(last > CLEAR * edge) & jnp.all(apart)  # nothing seen may be too weak to see
     clear &= jnp.all(ranks + jnp.roll(ranks, -1) == ranks_of_pairs)
     clear &= jnp.max(ranks_of_pairs) + OVERSAMPLING <= width
     clear &= (conditioning > WELL_CONDITIONED) & (ratio < RESIDUAL_LIMIT)
@@ -150,7 +152,7 @@ def solve_layer(weights: Weights, max_rank: int, batch_size: int = 1) -> RowSpac
         clear=clear,
         residual_ratio=ratio,
         conditioning=conditioning,
-        rank_gap=jnp.min(jnp.where(some, last / jnp.maximum(after, 1e-30), jnp.inf)),
+        rank_gap=jnp.min(last / jnp.maximum(after, 1e-30)),
         detection_floor=jnp.max(edge) * CLEAR,
         scales=noise.scales,
     )
@@ -205,7 +207,12 @@ def _pair_row_spaces(
     def one(pair: tuple[Array, Array]) -> _Pairs:
         image = (sketches[pair[0]] - sketches[pair[1]]).astype(jnp.float64)
         image = image / scales.row[:, None]
-        left = (linalg.whiten(image) / scales.row[:, None]).astype(dtype)
+        # any basis near the column space will do: only its directions must be exact in float64
+        power, axes = linalg.eigh_descending(linalg.matmul(image.T, image))
+        floor = jnp.maximum(power[0] * jnp.finfo(power.dtype).eps * width, TINY)
+        axes = axes * jax.lax.rsqrt(jnp.maximum(power, floor))
+        left = linalg.matmul(image.astype(dtype), axes.astype(dtype))
+        left = left / scales.row[:, None].astype(dtype)
         first, second = (functools.partial(_rows_of, values, model, dtype) for model in pair)
         rows = _blocked(lambda block: first(block) - second(block), left)
         rows = rows / scales.col
@@ -233,7 +240,7 @@ def _product_dtype(row: int, col: int) -> jnp.dtype:
 def _blocks(long: Array) -> list[slice]:
     """Slices of the leading axis that float32 may sum over; one in float64."""
     length = long.shape[0]
-    step = BLOCK if long.dtype == jnp.float32 else length
+    step = max(BLOCK, -(-length // BLOCKS)) if long.dtype == jnp.float32 else length
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
@@ -315,15 +322,18 @@ def _system(gram: Array, n_models: int, active: Bool[Array, "model rank"]) -> Ar
     return jnp.where(own, gram, 0) - gram / n_models + jnp.diag(spare)
 
 
-def _conditioning(left: Array, gram: Array, active: Bool[Array, "model rank"]) -> Array:
+def _conditioning(left: Array, gram: Array) -> Array:
     """Squared sines of the smallest angles of neighbours' spaces, columns times rows."""
     n_models, _, rank = left.shape
     here = jnp.arange(n_models, dtype=jnp.int32)
     there = jnp.roll(here, -1)
-    columns = linalg.map_batched(lambda y: linalg.whiten(jnp.where(jnp.any(y), y, 0)), left, 1)
     blocks = gram.reshape(n_models, rank, n_models, rank)
     of_rows = blocks[here, :, there]
-    of_columns = linalg.contract("mra,mrb->mab", columns, columns[there])
+    of_columns = linalg.contract("mra,mrb->mab", left, left[there])
+    power, axes = linalg.eigh_descending(linalg.contract("mra,mrb->mab", left, left))
+    held = power > power[:, :1] * 1e-14
+    axes = axes * jnp.where(held, jax.lax.rsqrt(jnp.where(held, power, 1)), 0)[:, None]
+    of_columns = linalg.contract("mai,mab,mbj->mij", axes, of_columns, axes[there])
 
     def sine(angles: Array) -> Array:
         values, _ = linalg.eigh_descending(linalg.contract("mab,mac->mbc", angles, angles))
