@@ -10,6 +10,7 @@ Both rates are measured in the run that uses them.
 """
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +20,11 @@ import jax.numpy as jnp
 
 #: Columns of the sketch beside twice the largest rank, in the formula.
 OVERSAMPLING = 8
+#: Bytes of the array that is streamed, far beyond the caches.
 STREAM_BYTES = 2**28
+#: Seconds that one timing lasts at least; shorter calls are repeated within it.
+LEAST_SECONDS = 5e-3
+MOST_CALLS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,27 +61,46 @@ def limit(rates: Rates, n_models: int, row: int, col: int, rank: int, itemsize: 
     return Limit(n_bytes, flops, max(n_bytes / rates.stream, flops / rates.gemm))
 
 
-def measure(row: int, col: int, rank: int, repeats: int = 9) -> Rates:
-    """Streaming rate and rate of the product [row, col] @ [col, s], best quarter of the runs."""
-    count = STREAM_BYTES // 8
-    array = jnp.ones((count,), jnp.float32)
-    stream = jax.jit(lambda x: x * jnp.float32(2))
+def measure(row: int, col: int, rank: int, repeats: int = 9, n_bytes: int = STREAM_BYTES) -> Rates:
+    """Both rates: an array read and written in place, and [row, col] @ [col, s] in float32."""
     matrix = jax.random.normal(jax.random.key(0), (row, col), jnp.float32)
     sketch = jax.random.rademacher(jax.random.key(1), (col, 2 * rank + OVERSAMPLING), jnp.float32)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST))
     flops = 2 * row * col * sketch.shape[1]
     return Rates(
-        stream=2 * array.nbytes / seconds_of(lambda: stream(array), repeats),
+        stream=_stream_rate(n_bytes, repeats),
         gemm=flops / seconds_of(lambda: product(matrix, sketch), repeats),
     )
 
 
+def _stream_rate(n_bytes: int, repeats: int) -> float:
+    """Bytes a second, read and written; in place, since fresh memory would be paged in first."""
+    array = jnp.ones((n_bytes // 4,), jnp.float32)
+    negate = jax.jit(jnp.negative, donate_argnums=0)
+
+    def run() -> jax.Array:
+        nonlocal array
+        array = negate(array)
+        return array
+
+    return 2 * n_bytes / seconds_of(run, repeats)
+
+
 def seconds_of(run: Callable[[], object], repeats: int) -> float:
-    """Lower quartile of the times of a call; the first, which compiles, is left out."""
+    """Lower quartile of the times of a call; the first, which compiles, is left out.
+
+    Short calls are made several at a time and waited for together, so that the time of a call's
+    dispatch does not count where the device works on while the next call is made.
+    """
     jax.block_until_ready(run())
+    clock = time.perf_counter()
+    jax.block_until_ready(run())
+    once = max(time.perf_counter() - clock, 1e-9)
+    calls = min(math.ceil(LEAST_SECONDS / once), MOST_CALLS)
     times = []
     for _ in range(repeats):
         clock = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - clock)
+        outputs = jax.tree.leaves([run() for _ in range(calls)])
+        jax.block_until_ready([one for one in outputs if not one.is_deleted()])
+        times.append((time.perf_counter() - clock) / calls)
     return statistics.quantiles(times, n=4)[0] if len(times) > 1 else times[0]

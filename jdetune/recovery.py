@@ -36,6 +36,7 @@ def recover(
     throw: bool = False,
     progress: Progress | None = None,
     drop_duplicates: bool = True,
+    max_memory: int | None = None,
 ) -> Recovery: ...
 
 
@@ -47,6 +48,7 @@ def recover(
     throw: bool = False,
     progress: Progress | None = None,
     drop_duplicates: bool = True,
+    max_memory: int | None = None,
 ) -> Recoveries: ...
 
 
@@ -57,6 +59,7 @@ def recover(
     throw: bool = False,
     progress: Progress | None = None,
     drop_duplicates: bool = True,
+    max_memory: int | None = None,
 ) -> Recovery | Recoveries:
     r"""Recovers the base and every model's update from merged weights.
 
@@ -76,6 +79,8 @@ def recover(
       progress: called with (layers done, layers in all).
       drop_duplicates: leave out models that equal an earlier one in every layer handed in. False
         where the caller knows that the models are distinct in layers that are not handed in.
+      max_memory: bytes that a device may use at a time, roughly; fewer layers are then worked on
+        together. A share of what is free if None.
 
     Returns:
       A ``Recovery`` (no layer axis for a 3-D stack), or ``Recoveries`` by name for a mapping.
@@ -110,7 +115,7 @@ def recover(
             stacklevel=2,
         )
     source = [_first_equal(layers, model, kept) for model in range(n_models)]
-    results = _solve_all(layers, kept, source, solver, progress)
+    results = _solve_all(layers, kept, source, solver, progress, max_memory)
     names = [f"model {index}" for index in range(n_models)]
     for line in explain.repairs(_notes(results, layers, names), len(layers)):
         warnings.warn(line, explain.RepairWarning, stacklevel=2)
@@ -137,11 +142,12 @@ def _solve_all(
     source: Sequence[int],
     solver: Solver,
     progress: Progress | None,
+    max_memory: int | None,
 ) -> dict[str, LayerResult]:
     results: dict[str, LayerResult] = {}
     for group in group_layers(layers):
         stacks = [narrowest(layers[name], group.storage) for name in group.names]
-        solved = _solve_group(stacks, kept, solver)
+        solved = _solve_group(stacks, kept, solver, max_memory)
         for name, result in zip(group.names, solved, strict=True):
             results[name] = result._replace(
                 left=result.left[source],
@@ -159,7 +165,7 @@ def _groups(result: LayerResult, kept: Sequence[int]) -> np.ndarray:
 
 
 def _solve_group(
-    stacks: Sequence[Array], kept: Sequence[int], solver: Solver
+    stacks: Sequence[Array], kept: Sequence[int], solver: Solver, max_memory: int | None
 ) -> Iterator[LayerResult]:
     every = len(kept) == stacks[0].shape[0]
     distinct = list(stacks) if every else [stack[np.asarray(kept)] for stack in stacks]
@@ -167,13 +173,15 @@ def _solve_group(
         return (failed(stack, Status.TOO_FEW_MODELS) for stack in distinct)
     closed_form = isinstance(solver, SubspaceIntersection)
     dtype = resolve_dtype(solver.precision)
-    return repair.solve_group(distinct, lambda some: _run(some, solver), dtype, closed_form)
+    return repair.solve_group(
+        distinct, lambda some: _run(some, solver, max_memory), dtype, closed_form
+    )
 
 
-def _run(stacks: Sequence[Array], solver: Solver) -> Iterator[LayerResult]:
+def _run(stacks: Sequence[Array], solver: Solver, max_memory: int | None) -> Iterator[LayerResult]:
     if isinstance(solver, SpectralDeTuning):
         return iterate_group(stacks, solver)
-    return intersect_group(stacks, solver)
+    return intersect_group(stacks, solver, max_memory=max_memory)
 
 
 def _notes(

@@ -1,6 +1,7 @@
 """Recovers the planned matrices of checkpoints, and leaves out models of another base."""
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ class Options:
       exclude: regular expression; matching matrices are left out.
       overwrite: replace a former output.
       masks: also write which elements of the base are certain.
+      max_memory: bytes that a device may use at a time; a share of what is free if None.
       command: what to name in the report as the command.
     """
 
@@ -43,6 +45,7 @@ class Options:
     exclude: str | None = None
     overwrite: bool = False
     masks: bool = False
+    max_memory: int | None = None
     command: str = "jdetune.pipeline.run"
 
 
@@ -89,7 +92,7 @@ def solve(
     known: Mapping[str, TensorResult] | None = None,
 ) -> tuple[list[TensorResult], list[explain.Note]]:
     """Recovers the planned matrices, one group in memory at a time, but for those already known."""
-    recover = recover_fn or default_recover
+    recover = recover_fn or functools.partial(default_recover, max_memory=options.max_memory)
     known = known or {}
     solved: dict[str, TensorResult] = {}
     notes: list[explain.Note] = []

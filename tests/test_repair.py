@@ -101,8 +101,8 @@ def test_later_layers_do_without_the_ordinary_solve(monkeypatch):
     runs = []
     intersect = recovery.intersect_group
 
-    def count(stacks, *rest):
-        for result in intersect(stacks, *rest):
+    def count(stacks, *rest, **options):
+        for result in intersect(stacks, *rest, **options):
             runs.append(stacks[0].shape[0])
             yield result
 

@@ -221,3 +221,25 @@ def size(n_bytes: float | int) -> str:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1000
     return f"{n_bytes:.1f} TB"
+
+
+def parse_size(text: str | None, flag: str) -> int | None:
+    """Bytes of a size in words, the inverse of ``size``; None stays None.
+
+    Example:
+      >>> parse_size("1.5GB", "--max_memory"), parse_size("800 MB", "--max_memory")
+      (1500000000, 800000000)
+    """
+    if text is None:
+        return None
+    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    words = text.strip().upper()
+    digits = words.rstrip("BKMGT ")
+    unit = words[len(digits) :].strip() or "B"
+    try:
+        value = int(float(digits) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        value = 0
+    if value < 1:
+        raise UsageError(f"{flag} is a size such as 8GB or 800MB; got {text!r}.")
+    return value

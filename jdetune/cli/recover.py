@@ -33,6 +33,12 @@ def make_command() -> Command:
     command.string("include", None, "Recover only matrices whose name matches this regex.")
     command.string("exclude", None, "Leave out matrices whose name matches this regex.")
     add_solver_flags(command)
+    command.string(
+        "max_memory",
+        None,
+        "Memory that a device may use at a time, such as 8GB; fewer layers are then worked on "
+        "together. Default: a share of what is free.",
+    )
     command.platform()
     return command
 
@@ -131,6 +137,7 @@ def main(argv: Sequence[str]) -> int:
         exclude=command["exclude"],
         overwrite=command["overwrite"],
         masks=command["masks"],
+        max_memory=common.parse_size(command["max_memory"], "--max_memory"),
         command=command.command_line(argv),
     )
     with common.progress_bar(command["quiet"]) as progress:

@@ -155,3 +155,18 @@ def test_a_missing_platform_is_a_usage_error(monkeypatch, error):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     with pytest.raises(UsageError, match="--platform=gpu: JAX finds no such device"):
         set_platform("gpu")
+
+
+@pytest.mark.parametrize(("text", "value"), [("8GB", 8 * 10**9), ("1.5 mb", 1500000), ("12", 12)])
+def test_sizes_are_read(text, value):
+    from jdetune.cli.common import parse_size
+
+    assert parse_size(text, "--max_memory") == value
+
+
+@pytest.mark.parametrize("text", ["much", "-1GB", "0", "GB", "3XB", "inf"])
+def test_sizes_that_are_none_are_usage_errors(text):
+    from jdetune.cli.common import UsageError, parse_size
+
+    with pytest.raises(UsageError, match="--max_memory is a size such as 8GB"):
+        parse_size(text, "--max_memory")
