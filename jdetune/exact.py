@@ -118,33 +118,29 @@ def snap(
     deviation = jax.lax.rsqrt(jnp.sum(1 / (softness + jnp.square(units) / 12), axis=0))
     stride = jnp.where(deviation > WIDE * unit, deviation, 0)
     scale = jnp.maximum(jnp.sqrt(softness), 1e-3 * units)
-    low, high = (half / scale for half in _halves(models, units))
-
-    def likelihood(point: Array) -> tuple[Array, Array]:
-        shift = point - centre
-
-        def one(total: Array, model: tuple[Array, ...]) -> tuple[Array, None]:
-            rest, down, up, width = model
-            over = (shift - rest) / width
-            inside = _log_inside(
-                (-down - over).astype(jnp.float32), (up - over).astype(jnp.float32)
-            )
-            return total + inside, None
-
-        zero = jnp.zeros(centre.shape, jnp.float32)
-        total, _ = jax.lax.scan(one, zero, (error, low, high, scale))
-        return total, shift
+    down, up = _halves(models, units)
+    bounds = ((error - down) / scale, (error + up) / scale, 1 / scale)
 
     def point(step: int) -> Array:
         far = nearest(centre + step * stride, grid)
         return jnp.where(stride > 0, far, step_up(centre, grid, step))
 
-    found = [likelihood(point(step)) for step in range(-REACH, REACH + 1)]
-    log = jnp.stack([total for total, _ in found])
-    shifts = jnp.stack([shift for _, shift in found])
+    points = [point(step) for step in range(-REACH, REACH + 1)]
+    shifts = jnp.stack([*points, jnp.zeros_like(centre)]) - centre
+    fine = shifts.astype(jnp.float32)
+
+    def add(total: Array, model: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        below, above, sharpness = model
+        over = fine * sharpness
+        return total + _log_inside(below - over, above - over), None
+
+    log, _ = jax.lax.scan(
+        add, jnp.zeros_like(fine), tuple(part.astype(jnp.float32) for part in bounds)
+    )
+    (log, of_zero), (shifts, to_zero) = ((part[:-1], part[-1]) for part in (log, shifts))
     best = jnp.argmax(log, axis=0)
     share = jax.nn.softmax(log, axis=0).astype(dtype)
-    is_best = jnp.arange(len(found), dtype=best.dtype)[:, None, None] == best
+    is_best = jnp.arange(len(points), dtype=best.dtype)[:, None, None] == best
     wrong = jnp.sum(jnp.where(is_best, 0, share), axis=0)
     # on a coarse stride, the grid points that one stride stands for share its probability
     wrong = jnp.where(stride > unit, 1 - (1 - wrong) * unit / jnp.maximum(stride, unit), wrong)
@@ -152,7 +148,6 @@ def snap(
     reference = models.values[0].astype(dtype)
     away = linalg.sum_models(models.values.astype(dtype) - reference)
     mean = nearest(reference + away / models.values.shape[0], grid) - centre
-    of_zero, to_zero = likelihood(jnp.zeros_like(centre))
     may_be_zero = (stride > 0) & (of_zero > jnp.max(log, axis=0) - LIKELY)
     chosen = jnp.where(may_be_zero, to_zero, chosen)
     wrong = jnp.where(may_be_zero, _chance(centre, deviation, may_be_zero), wrong)
@@ -173,10 +168,16 @@ def _positive_spacing(models: Merged, dtype: jnp.dtype) -> Float[Array, "model r
 
 
 def _log_inside(low: Array, high: Array) -> Array:
-    """Log probability that a logistic error of unit deviation lies between low and high."""
+    r"""Log probability that a logistic error of unit deviation lies between low and high.
+
+    With a < b scaled and mirrored to a + b <= 0, it is
+    :math:`\min(b, 0) + \log\frac{1 - e^{a-b}}{(1 + e^a)(1 + e^{-|b|})}`: nothing overflows.
+    """
     a, b = low * LOGISTIC, high * LOGISTIC
-    gap = jnp.log1p(-jnp.exp(jnp.minimum(a - b, -1e-6)))
-    return b + gap - jax.nn.softplus(a) - jax.nn.softplus(b)
+    a, b = jnp.minimum(a, -b), jnp.minimum(b, -a)
+    inside = 1 - jnp.exp(jnp.minimum(a - b, -1e-6))
+    outside = (1 + jnp.exp(a)) * (1 + jnp.exp(-jnp.abs(b)))
+    return jnp.minimum(b, 0) + jnp.log(inside / outside)
 
 
 def _chance(centre: Array, deviation: Array, may_be_zero: Array) -> Float[Array, ""]:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -78,8 +79,8 @@ def at_binade(
 ) -> Bool[Array, "*shape"]:
     """Whether the grid is finer on the side of zero than on the other."""
     magnitude = jnp.abs(values.astype(jnp.float32))
-    mantissa, _ = jnp.frexp(magnitude)
-    return (mantissa == 0.5) & (magnitude > smallest)
+    mantissa = jax.lax.bitcast_convert_type(magnitude, jnp.uint32) & jnp.uint32(0x7FFFFF)
+    return (mantissa == 0) & (magnitude > smallest)
 
 
 def off_grid(

@@ -205,3 +205,17 @@ def test_variance_of_the_rule_is_what_numpy_sees():
         }
     assert np.mean(error**2 / variance["R2"]) == pytest.approx(1, abs=0.1)
     assert np.mean(error**2 / variance["R1"]) > 1.5
+
+
+def test_log_probability_of_an_interval_is_that_of_the_logistic_distribution():
+    rng = np.random.default_rng(0)
+    low = np.concatenate([rng.uniform(-60, 60, 500), [-1e4, 30.0, -0.5, 1e-3]])
+    high = low + np.concatenate([rng.uniform(1e-3, 40, 500), [1.0, 2e4, 1.0, 1e-3]])
+    a, b = low * exact.LOGISTIC, high * exact.LOGISTIC
+    with np.errstate(over="ignore"):
+        mirrored = np.where(a + b > 0, -b, a), np.where(a + b > 0, -a, b)
+    a, b = mirrored  # P(a, b) = P(-b, -a); the log of the difference in float64
+    true = b + np.log1p(-np.exp(a - b)) - np.logaddexp(0, a) - np.logaddexp(0, b)
+    found = exact._log_inside(jnp.float32(low), jnp.float32(high))
+    np.testing.assert_allclose(found, true, rtol=2e-4, atol=2e-4)
+    assert np.isfinite(found).all()
