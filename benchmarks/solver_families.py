@@ -1,12 +1,14 @@
-"""Shapes that the solver is timed on: made families, and the real models."""
+"""Shapes that the solver is timed on, and their layers: made ones, real ones, ones on a device."""
 
 import dataclasses
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.families import merged_stacks
-from jdetune import synth
+from jdetune import linalg, synth
 
 #: Elements of a layer above which only one is solved at a time.
 LARGE = 2**23
@@ -59,6 +61,81 @@ class Case:
             )
             made[f"layer.{seed}"] = (one.base, one.merged)
         return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """Layers of one kind and shape that an accelerator holds."""
+
+    name: str
+    row: int
+    col: int
+    layers: int
+    n_models: int = 8
+    rank: int = 64
+
+
+#: The attention of Mistral 7B: 128 matrices.
+RESIDENT = (
+    Resident("query", 4096, 4096, 32),
+    Resident("key", 1024, 4096, 32),
+    Resident("value", 1024, 4096, 32),
+    Resident("output", 4096, 4096, 32),
+)
+RESIDENT_SMALL = (
+    Resident("query", 64, 48, 3, n_models=3, rank=4),
+    Resident("key", 64, 48, 2, n_models=3, rank=4),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Layers that are solved together, on the device.
+
+    Attributes:
+      group: which matrices they are.
+      seeds: of the layers.
+      merged: [layer, model, row, col].
+    """
+
+    group: Resident
+    seeds: range
+    merged: jax.Array
+
+
+def make(group: Resident, seed: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """Base [row, col] and merged models [model, row, col] of one layer; pure.
+
+    The singular values of the updates fall as in ``jdetune.synth``, whose sizes are taken.
+    """
+    row, col, rank = group.row, group.col, group.rank
+    keys = jax.random.split(jax.random.key(seed), 3)
+    base = (0.02 * jax.random.normal(keys[0], (row, col), jnp.float32)).astype(dtype)
+    values = jnp.exp(-3 * jnp.arange(rank, dtype=jnp.float32) / rank)
+    values = values * (1e-3 / jnp.sqrt(jnp.sum(jnp.square(values))))
+
+    def one(model: jax.Array) -> jax.Array:
+        left = jax.random.normal(jax.random.fold_in(keys[1], model), (row, rank), jnp.float32)
+        right = jax.random.normal(jax.random.fold_in(keys[2], model), (rank, col), jnp.float32)
+        return (base.astype(jnp.float32) + linalg.matmul(left * values, right)).astype(dtype)
+
+    return base, jax.lax.map(one, jnp.arange(group.n_models, dtype=jnp.int32))
+
+
+def make_chunks(groups: tuple[Resident, ...], size: int, dtype: str) -> list[Chunk]:
+    """All layers of all groups, in chunks, on the device."""
+    found, start = [], 0
+    for group in groups:
+
+        def merged(seed: jax.Array, group: Resident = group) -> jax.Array:
+            return make(group, seed, dtype)[1]
+
+        several = jax.jit(lambda seeds, merged=merged: jax.lax.map(merged, seeds))
+        for first in range(start, start + group.layers, size):
+            seeds = range(first, min(first + size, start + group.layers))
+            found.append(Chunk(group, seeds, several(jnp.asarray(seeds, jnp.int32))))
+        start += group.layers
+    return found
 
 
 def _sd15() -> Iterator[Case]:

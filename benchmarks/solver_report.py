@@ -201,15 +201,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
     panels = len(curves) + bool(bars)
     if not panels:
         return
-    height = max(4.5, 0.55 * len(bars) + 1.5)
-    figure, axes = pyplot.subplots(
-        1, panels, figsize=(6 * panels, height), squeeze=False, constrained_layout=True
-    )
-    places = iter(axes[0])
+    across = min(panels, 2)
+    down = -(-panels // across)
+    size = (6.5 * across, max(4.2, 0.5 * len(bars) + 1.5) * down)
+    figure, axes = pyplot.subplots(down, across, figsize=size, constrained_layout=True)
+    places = iter(np.ravel(axes))
     if bars:
         _bars(next(places), bars)
     for family in curves:
         _curve(next(places), [row for row in rows if row["family"] == family], family)
+    for unused in places:
+        unused.set_axis_off()
     figure.suptitle(about(result["machine"]).replace("; Python", ";\nPython"), fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -231,7 +233,7 @@ def _bars(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     axis.set_xscale("log")
     axis.grid(axis="x", alpha=0.25)
     axis.set_xlabel("seconds a layer (* paper's extrapolated)")
-    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
 
 
 def _curve(axis: Any, rows: Sequence[dict[str, Any]], family: str) -> None:
