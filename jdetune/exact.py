@@ -129,7 +129,7 @@ def snap(
     shifts = jnp.stack([*points, jnp.zeros_like(centre)]) - centre
     fine = shifts.astype(jnp.float32)
 
-    def add(total: Array, model: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    def add(total: Array, model: tuple[Array, ...]) -> tuple[Array, None]:
         below, above, sharpness = model
         over = fine * sharpness
         return total + _log_inside(below - over, above - over), None
