@@ -12,6 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jdetune import linalg, machine, programs
+from jdetune.folded import guess_pair_rank
 from jdetune.groups import LayerResult, chunks, failed, finish
 from jdetune.iterated import solve_large
 from jdetune.noise import Merged, as_merged
@@ -30,8 +31,6 @@ HEADROOM = 8
 RANK_STEP = 4
 #: Layers a thread from which the first is solved before the others.
 FEW = 4
-#: Side of the folded difference that tells the first guess of the rank.
-FOLDED = 256
 
 
 class _Group(NamedTuple):
@@ -126,25 +125,13 @@ def _solve_chunk(
 
 
 def _first_rank(stack: np.ndarray | Array, group: _Group) -> int:
-    """Rank axis for the short way, guessed from a folded difference; 0 if it is not to be taken."""
+    """Rank axis that the short way starts with; 0 if it is not to be taken."""
     if group.dtype != jnp.float64 or group.solver.precision != "auto":
         return 0
     if isinstance(group.solver.rank, int):
         return 0
-    difference = np.asarray(stack[0], np.float32) - np.asarray(stack[1], np.float32)
-    small = _fold(_fold(difference).T).astype(np.float64)
-    values = np.linalg.eigvalsh(small @ small.T)[::-1]
-    gaps = values[:-1] / np.maximum(values[1:], 1e-14 * values[0] + 1e-60)
-    return _rank_step(int(np.argmax(gaps) + 2) // 2, group) if len(gaps) else 0
-
-
-def _fold(matrix: np.ndarray) -> np.ndarray:
-    """Rows added up with random signs until few are left: the rank stays, if it is below them."""
-    count = len(matrix)
-    short = min(FOLDED, count)
-    signs = 1 - 2 * np.random.default_rng(0).integers(0, 2, (count, 1)).astype(np.float32)
-    padded = np.pad(matrix * signs, ((0, -count % short), (0, 0)))
-    return padded.reshape(-1, short, matrix.shape[1]).sum(axis=0)
+    pair = guess_pair_rank(np.asarray(stack[0]), np.asarray(stack[1]))
+    return _rank_step((pair + 1) // 2, group) if pair else 0
 
 
 def _rank_step(rank: int, group: _Group) -> int:
