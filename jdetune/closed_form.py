@@ -29,8 +29,9 @@ FIRST_WIDTH = 48
 HEADROOM = 8
 #: The rank axis comes in steps of this, so that few programs are compiled.
 RANK_STEP = 4
-#: Layers a thread from which the first is solved before the others.
-FEW = 4
+#: Layers from which the first is solved before the others; fixed, as results must not depend on
+#: the number of threads.
+FEW = 8
 
 
 class _Group(NamedTuple):
@@ -85,7 +86,7 @@ def intersect_group(
     widths = _Widths(_first_rank(layers[0], group), min(FIRST_WIDTH, min(shape)))
     some = list(chunks(len(layers), sizes.layers))
     solve = functools.partial(_solve_chunk, group)
-    if len(some) >= FEW * sizes.threads:  # the first tells the others the sizes
+    if len(some) >= FEW:  # the first tells the others the sizes
         results, widths = solve([layers[index] for index in some[0]], widths)
         yield from results[: len(set(some.pop(0)))]
     with ThreadPoolExecutor(sizes.threads) as pool:

@@ -3,20 +3,17 @@
 import dataclasses
 import datetime
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jdetune import outfolder, report
-from jdetune.checkpoint.adapters import write_adapter
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
 from jdetune.checkpoint.manifest import Plan, make_plan, select
-from jdetune.checkpoint.reader import raw_bytes, read_tensor
-from jdetune.checkpoint.stacks import factors_of
-from jdetune.checkpoint.writer import save_json, save_like, save_safetensors
+from jdetune.checkpoint.writer import save_json
+from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError
+from jdetune.products import write_products
 from jdetune.report import TensorResult
 from jdetune.solving import (
     Options,
@@ -53,12 +50,15 @@ def check_out(out: str | Path, checkpoints: Sequence[Checkpoint], options: Optio
 
 
 def plan_models(
-    checkpoints: Sequence[Checkpoint], options: Options, progress: Progress | None = None
+    checkpoints: Sequence[Checkpoint],
+    options: Options,
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> Plan:
     """Compares the models; raises InputError where fewer than three distinct ones are left."""
     wanted = select(options.include, options.exclude)
     step = None if progress is None else lambda done, total: progress("compare", done, total)
-    plan = make_plan(checkpoints, wanted, step)
+    plan = make_plan(checkpoints, wanted, step, processes)
     if len(plan.solved) < 3:
         same = [f"{name} equals {twin}" for name, twin in plan.duplicates]
         same += [f"{name} equals {twin} in every matrix" for name, twin in _near_twins(plan)]
@@ -75,6 +75,7 @@ def run(
     options: Options | None = None,
     progress: Progress | None = None,
     recover_fn: RecoverFn | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Recovers base and adapters of merged checkpoints on disk.
 
@@ -84,6 +85,7 @@ def run(
       options: how to run.
       progress: told of every step.
       recover_fn: stands in for ``jdetune.recover``.
+      processes: who works along (``jdetune.distributed.join``); all see the same files.
 
     Returns:
       The report, as written to OUT/report.json; its ``summary.exit_code`` says how it went.
@@ -91,42 +93,88 @@ def run(
     Raises:
       JdetuneError: bad models or output folder; nothing is put in place.
     """
-    options = options or Options()
-    out = Path(out)
-    started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+    with processes.together():
+        return _run(models, Path(out), options or Options(), progress, recover_fn, processes)
+
+
+def _run(
+    models: Sequence[str | Path],
+    out: Path,
+    options: Options,
+    progress: Progress | None,
+    recover_fn: RecoverFn | None,
+    processes: Processes,
+) -> dict[str, Any]:
+    started, clock = datetime.datetime.now(datetime.UTC), _Clock()
     checkpoints = open_models(models)
     check_out(out, checkpoints, options)
-    plan = plan_models(checkpoints, options, progress)
-    stage = outfolder.start_stage(out)  # finds out whether OUT can be written before the work
-    plan, results, repairs = solve_one_base(plan, options, progress, recover_fn)
-    results, base = _write(plan, results, stage, progress)
-    if options.masks and base is not None:
-        save_safetensors(stage / "masks.safetensors", _masks(results))
+    processes.exchange("checked")
+    plan = plan_models(checkpoints, options, progress, processes)
+    clock.lap("compare")
+    stage = out / outfolder.STAGE
+    if processes.first:
+        outfolder.start_stage(out)  # finds out whether OUT can be written before the work
+    processes.exchange("stage is there")
+    plan, results, repairs = solve_one_base(
+        plan, options, stage / "solved", progress, recover_fn, processes
+    )
+    clock.lap("recover")
+    base, left_out = None, set()
+    written = write_products(plan, results, stage, options.masks, progress, processes)
+    if written is not None:
+        dtypes = sorted({r.base_dtype for r in results if r.recovery and r.base_dtype})
+        said = ", ".join(dtypes) or None
+        n_parameters, left_out = written
+        base = {"dtype": said, "grid": said, "n_parameters": n_parameters}
+    results = [_note_left_out(r, left_out) for r in results]
+    clock.lap("write")
     head = report.top_level(
         command=options.command,
         started_at=started.isoformat(timespec="seconds"),
-        seconds=time.monotonic() - clock,
+        seconds=clock.total,
         device=device_name() if plan.groups else "none",
         version=version(),
     )
     content = {
         **head,
+        "timing": report.timing(clock.laps, clock.total, results, processes.count),
         "inputs": _input_entries(checkpoints, plan, results),
         "base": base,
         "summary": report.summary(results, base is not None),
         "warnings": [*repairs, *_warnings(plan, base is not None)],
         "tensors": [_tensor_entry(plan, result) for result in results],
     }
-    save_json(stage / "report.json", content)
-    outfolder.place(out, stage)
+    processes.exchange("written")
+    if processes.first:
+        save_json(stage / "report.json", content)
+        outfolder.place(out, stage)
+    processes.exchange("in place")
     return content
+
+
+class _Clock:
+    """Seconds of one stage after another."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Ends a stage."""
+        now = time.monotonic()
+        self.laps[name], self._last = now - self._last, now
+
+    @property
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
 
 
 def device_name() -> str:
     """The first device's kind, as JAX names it."""
     import jax
 
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     kind = device.device_kind
     return device.platform if kind == device.platform else f"{device.platform}: {kind}"
 
@@ -142,82 +190,6 @@ def _near_twins(plan: Plan) -> list[tuple[str, str]]:
     """Models that equal another in every matrix, but not in every tensor."""
     names = [c.name for c in plan.checkpoints]
     return [(names[i], names[twin]) for i, twin in enumerate(plan.alike) if i != twin]
-
-
-def _write(
-    plan: Plan, results: list[TensorResult], stage: Path, progress: Progress | None
-) -> tuple[list[TensorResult], dict[str, Any] | None]:
-    """Writes base and adapters into the stage; nothing if no differing matrix has a base."""
-    found = {r.plan.name: r.recovery for r in results if r.recovery and r.status == "recovered"}
-    if plan.groups and not found:
-        return results, None
-    sources = {r.plan.name: r.plan.source for r in results}
-
-    def get_tensor(name: str) -> np.ndarray | None:
-        if name in found:
-            return np.asarray(found[name].base)
-        source = sources.get(name)
-        return None if source is None else read_tensor(plan.checkpoints[source], name)
-
-    total = len(plan.checkpoints) + 1
-    n_parameters = save_like(_full_template(plan, sources), stage / "base", get_tensor)
-    per_model = tuple(r.plan.name for r in results if r.status == "per_model")
-    left_out: set[str] = set()
-    for i, checkpoint in enumerate(plan.checkpoints):
-        if progress is not None:
-            progress("write", i + 1, total)
-        folder = stage / "adapters" / checkpoint.name
-        own, unfit = _own_copies(plan, checkpoint)
-        whole = per_model + own + left_out_of(results, i)
-        written = write_adapter(folder, factors_of(found, i), checkpoint, whole)
-        left_out.update(written.left_out, unfit)
-    if progress is not None:
-        progress("write", total, total)
-    dtypes = sorted({r.base_dtype for r in results if r.recovery and r.base_dtype})
-    said = ", ".join(dtypes) or None
-    base = {"dtype": said, "grid": said, "n_parameters": n_parameters}
-    return [_note_left_out(r, left_out) for r in results], base
-
-
-def _masks(results: Sequence[TensorResult]) -> dict[str, np.ndarray]:
-    """Tensor name to 1 where an element of the base is certain, 0 where it is ambiguous."""
-    return {
-        r.plan.name: np.asarray(r.recovery.certain).astype(np.uint8)
-        for r in results
-        if r.recovery is not None and r.status == "recovered"
-    }
-
-
-def _own_copies(plan: Plan, checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Tensors in which a model differs from the majority: of the base's shape, and of another."""
-    own, unfit = [], []
-    for tensor in plan.tensors:
-        if tensor.action != "consensus" or tensor.source is None:
-            continue
-        source, name = plan.checkpoints[tensor.source], tensor.name
-        if name not in checkpoint.tensors or source is checkpoint:
-            continue
-        if checkpoint.tensors[name].shape != source.tensors[name].shape:
-            unfit.append(name)
-        elif not _equal(read_tensor(checkpoint, name), read_tensor(source, name)):
-            own.append(name)
-    return tuple(own), tuple(unfit)
-
-
-def _equal(first: np.ndarray, second: np.ndarray) -> bool:
-    same = first.dtype == second.dtype
-    return same and np.array_equal(raw_bytes(first), raw_bytes(second))
-
-
-def _full_template(plan: Plan, sources: Mapping[str, int | None]) -> Checkpoint:
-    """The first model, with the tensors that only a majority of the others holds."""
-    template = plan.checkpoints[0]
-    extra = {
-        name: dataclasses.replace(plan.checkpoints[s].tensors[name], file=template.files[-1])
-        for name, s in sources.items()
-        if s is not None and name not in template.tensors
-    }
-    return dataclasses.replace(template, tensors={**template.tensors, **extra})
 
 
 def _note_left_out(result: TensorResult, left_out: set[str]) -> TensorResult:

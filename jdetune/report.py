@@ -169,6 +169,32 @@ def main_dtype(checkpoint: Checkpoint) -> str | None:
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
 
 
+def timing(
+    laps: Mapping[str, float], seconds: float, results: Sequence[TensorResult], processes: int
+) -> dict[str, Any]:
+    """Where the time went, as the first process saw it.
+
+    Args:
+      laps: stage to seconds; waiting for other processes is part of a stage.
+      seconds: of the whole run.
+      results: what came of the tensors; their seconds are those of the solver alone.
+      processes: how many worked.
+
+    Returns:
+      Seconds by stage, ``solve`` (the solver's, of the mean process) and ``not_in_solve``, the
+      share of the run that is anything else.
+    """
+    solve = sum(r.seconds or 0.0 for r in results) / processes
+    parts = {name: round(value, 3) for name, value in laps.items()}
+    rest = max(0.0, 1 - solve / seconds) if seconds > 0 else 0.0
+    return {
+        "processes": processes,
+        **parts,
+        "solve": round(solve, 3),
+        "not_in_solve": round(rest, 4),
+    }
+
+
 def read_report(out: str | Path) -> dict[str, Any]:
     """Reads OUT/report.json and checks its schema."""
     path = Path(out) / "report.json"

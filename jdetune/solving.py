@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,13 @@ from jdetune.checkpoint.adapter_reader import merge_peft
 from jdetune.checkpoint.manifest import Plan, TensorPlan, make_plan, read_stack, select
 from jdetune.checkpoint.reader import raw_bytes
 from jdetune.checkpoint.stacks import factors_of
+from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError
 from jdetune.repair import NO_UPDATE
 from jdetune.report import TensorResult
 from jdetune.result import Recovery
 from jdetune.status import Status
+from jdetune.store import load_results, save_results
 
 #: Called with a stage's name, what is done and what there is to do.
 Progress = Callable[[str, int, int], None]
@@ -52,16 +56,28 @@ class Options:
 def solve_one_base(
     plan: Plan,
     options: Options,
+    store: Path,
     progress: Progress | None = None,
     recover_fn: RecoverFn | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[Plan, list[TensorResult], list[str]]:
     """Recovers the planned matrices; a model that belongs to none of them is left out altogether.
+
+    Args:
+      plan: what to do.
+      options: how to run.
+      store: folder for results, the same for all processes; must stay as long as they are used.
+      progress: told of every step.
+      recover_fn: stands in for ``jdetune.recover``.
+      processes: who works along.
 
     Returns:
       The plan that holds in the end (of the models that share a base), what came of every tensor,
       and what was repaired, in words.
     """
-    results, notes = solve(plan, options, progress, recover_fn)
+    results, notes = solve(
+        plan, options, store / "first", progress, recover_fn, processes=processes
+    )
     lines = explain.repairs(notes, sum(r.status == "recovered" for r in results))
     strangers = _strangers(plan, results)
     if not strangers:
@@ -69,10 +85,10 @@ def solve_one_base(
     # the base is written like the first model that has it, and votes are taken without strangers
     places = [i for i, c in enumerate(plan.checkpoints) if c.name not in strangers]
     wanted = select(options.include, options.exclude)
-    rest = make_plan([plan.checkpoints[i] for i in places], wanted)
+    rest = make_plan([plan.checkpoints[i] for i in places], wanted, processes=processes)
     good = [r for r in results if r.recovery is not None and r.status == "recovered"]
     known = {r.plan.name: _of_models(r, places) for r in good}
-    results, notes = solve(rest, options, progress, recover_fn, known)
+    results, notes = solve(rest, options, store / "rest", progress, recover_fn, known, processes)
     reasons = [(name, next(t for t in lines if t.startswith(f"{name} "))) for name in strangers]
     lines += explain.repairs(notes, len(results))
     rest = dataclasses.replace(
@@ -87,53 +103,86 @@ def solve_one_base(
 def solve(
     plan: Plan,
     options: Options,
+    store: Path,
     progress: Progress | None = None,
     recover_fn: RecoverFn | None = None,
     known: Mapping[str, TensorResult] | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[list[TensorResult], list[explain.Note]]:
-    """Recovers the planned matrices, one group in memory at a time, but for those already known."""
-    recover = recover_fn or functools.partial(default_recover, max_memory=options.max_memory)
+    """Recovers the planned matrices, one group in memory at a time, but for those already known.
+
+    Every process takes its share of the groups. What came of a group is written into ``store``,
+    from where all processes take it in the end.
+    """
     known = known or {}
-    solved: dict[str, TensorResult] = {}
-    notes: list[explain.Note] = []
     planned = {tensor.name: tensor for tensor in plan.tensors}
     groups = [[name for name in group if name not in known] for group in plan.groups]
-    total = sum(map(len, groups))
-    seen = [plan.checkpoints[i] for i in plan.solved]
-    rows = [plan.solved.index(i) for i in plan.alike]
-    names = [c.name for c in plan.checkpoints]
-    for group in filter(None, groups):
-        before = len(solved)
-        clock = time.monotonic()
-        stacks = {name: read_stack(seen, name) for name in group}
-
-        def step(done: int, _: int, before: int = before) -> None:
-            if progress is not None:
-                progress("recover", before + done, total)
-
-        try:
-            found = recover(stacks, solver=options.solver, progress=step)
-        except ValueError as error:
-            raise InputError(f"{group[0]} ({len(group)} of its shape): {error}") from error
-        seconds = (time.monotonic() - clock) / len(group)
-        for name in group:
-            host = _of_all_models(_to_host(found[name]), rows)
-            stack, groups_ = stacks[name][rows], _base_groups(host)
-            code = Status(int(host.status))
-            repaired = code.has_base and groups_.any()
-            own = explain.notes_of(name, groups_, stack, names) if repaired else []
-            text = [] if code is Status.OK else [explain.failure(code, groups_, stack, names)]
-            text += [f"{note.model} {note.text}" for note in own]
-            result = _result(planned[name], host, stack, options, seconds)
-            solved[name] = dataclasses.replace(result, reason=" ".join(text) or None)
-            notes += own
+    groups = list(filter(None, groups))
+    store.mkdir(parents=True, exist_ok=True)
+    mine = processes.share([sum(math.prod(planned[n].shape) for n in group) for group in groups])
+    total, done = sum(len(groups[index]) for index in mine), 0
+    for index in mine:
+        step = None if progress is None else functools.partial(_step, progress, done, total)
+        results, notes = _solve_group(plan, groups[index], options, step, recover_fn)
+        save_results(_group_file(store, index), results, notes)
+        done += len(groups[index])
         if progress is not None:
-            progress("recover", len(solved), total)
+            progress("recover", done, total)
+    processes.exchange("solved")
+    solved: dict[str, TensorResult] = {}
+    notes = []
+    for index in range(len(groups)):
+        results, own = load_results(_group_file(store, index), planned)
+        solved.update(results)
+        notes += own
     results = []
     for tensor in plan.tensors:
         earlier = known.get(tensor.name) if tensor.action == "recover" else None
         kept = None if earlier is None else dataclasses.replace(earlier, plan=tensor)
         results.append(solved.get(tensor.name) or kept or _copied(tensor))
+    return results, notes
+
+
+def _group_file(store: Path, index: int) -> Path:
+    return store / f"group-{index:05d}.safetensors"
+
+
+def _step(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    progress("recover", before + done, total)
+
+
+def _solve_group(
+    plan: Plan,
+    group: Sequence[str],
+    options: Options,
+    step: Callable[[int, int], None] | None,
+    recover_fn: RecoverFn | None,
+) -> tuple[dict[str, TensorResult], list[explain.Note]]:
+    """Results and repairs of matrices of one shape."""
+    recover = recover_fn or functools.partial(default_recover, max_memory=options.max_memory)
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    seen = [plan.checkpoints[i] for i in plan.solved]
+    rows = [plan.solved.index(i) for i in plan.alike]
+    names = [c.name for c in plan.checkpoints]
+    stacks = {name: read_stack(seen, name) for name in group}
+    clock = time.monotonic()
+    try:
+        found = recover(stacks, solver=options.solver, progress=step)
+    except ValueError as error:
+        raise InputError(f"{group[0]} ({len(group)} of its shape): {error}") from error
+    seconds = (time.monotonic() - clock) / len(group)
+    results, notes = {}, []
+    for name in group:
+        host = _of_all_models(_to_host(found[name]), rows)
+        stack, groups_ = stacks[name][rows], _base_groups(host)
+        code = Status(int(host.status))
+        repaired = code.has_base and groups_.any()
+        own = explain.notes_of(name, groups_, stack, names) if repaired else []
+        text = [] if code is Status.OK else [explain.failure(code, groups_, stack, names)]
+        text += [f"{note.model} {note.text}" for note in own]
+        result = _result(planned[name], host, stack, options, seconds)
+        results[name] = dataclasses.replace(result, reason=" ".join(text) or None)
+        notes += own
     return results, notes
 
 

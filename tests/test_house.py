@@ -27,6 +27,7 @@ LAYERS = [
         "groups",
         "programs",
         "closed_form",
+        "folded",
         "iterated",
         "foreign",
         "damage",
@@ -34,8 +35,17 @@ LAYERS = [
         "explain",
         "recovery",
     },
-    {"checkpoint"},
-    {"outfolder", "pipeline", "solving", "report", "inspection", "verification"},
+    {"checkpoint", "distributed"},
+    {
+        "outfolder",
+        "pipeline",
+        "solving",
+        "store",
+        "products",
+        "report",
+        "inspection",
+        "verification",
+    },
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

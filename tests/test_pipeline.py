@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jdetune import outfolder, pipeline
+from jdetune import outfolder, pipeline, products
 from jdetune.checkpoint import merge_peft, open_checkpoint, read_adapter, read_tensor
 from jdetune.errors import InputError, OutputError
 from jdetune.status import Status
@@ -157,7 +157,7 @@ def test_a_crash_leaves_the_stage_and_no_base(tmp_path, monkeypatch):
     def crash(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(pipeline, "write_adapter", crash)
+    monkeypatch.setattr(products, "write_adapter", crash)
     with pytest.raises(OSError, match="disk full"):
         run(family, tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".jdetune"]

@@ -1,6 +1,7 @@
 """Compares checkpoints tensor by tensor and plans what to do with each."""
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,10 +10,13 @@ import numpy as np
 
 from jdetune.checkpoint.index import FLOATS, Checkpoint, TensorInfo
 from jdetune.checkpoint.reader import digest, numpy_dtype, read_tensor
+from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError, NotOneBaseError
 
 #: Bytes of merged weights that are read at once, all models together.
 GROUP_BYTES = 2 << 30
+#: Matrices that are solved together at most.
+GROUP_LAYERS = 32
 #: Reason of a matrix that the caller's regular expressions left out.
 EXCLUDED = "left out by --include or --exclude"
 
@@ -89,6 +93,7 @@ def make_plan(
     checkpoints: Sequence[Checkpoint],
     wanted: Callable[[str], bool] = lambda name: True,
     progress: Callable[[int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Plan:
     """Compares the models' bytes and decides what happens to every tensor.
 
@@ -96,18 +101,15 @@ def make_plan(
       checkpoints: at least two opened checkpoints.
       wanted: which differing matrices to recover; the others are skipped.
       progress: called with the tensors compared so far and their number.
+      processes: who compares along; each reads its share of the tensors.
 
     Raises:
       NotOneBaseError: nothing in common.
     """
     names = list(dict.fromkeys(name for c in checkpoints for name in c.tensors))
     if not any(is_common(checkpoints, name) for name in names):
-        return _plan_one_architecture(checkpoints, wanted, progress)
-    marks: dict[str, tuple[bytes | None, ...]] = {}
-    for done, name in enumerate(names):
-        marks[name] = _marks(checkpoints, name)
-        if progress is not None:
-            progress(done + 1, len(names))
+        return _plan_one_architecture(checkpoints, wanted, progress, processes)
+    marks = _all_marks(checkpoints, names, progress, processes)
     keep, duplicates = _distinct(checkpoints, marks)
     differing = [name for name in names if _is_differing(checkpoints, name, marks[name])]
     kept = tuple(checkpoints[i] for i in keep)
@@ -124,12 +126,13 @@ def _plan_one_architecture(
     checkpoints: Sequence[Checkpoint],
     wanted: Callable[[str], bool],
     progress: Callable[[int, int], None] | None,
+    processes: Processes,
 ) -> Plan:
     """The plan without single models of another architecture, where three others remain."""
     groups = group_by_architecture(checkpoints)
     large = [group for group in groups if len(group) > 1]
     if len(groups) > 1 and len(large) == 1 and len(large[0]) >= 3:
-        plan = make_plan([checkpoints[i] for i in large[0]], wanted, progress)
+        plan = make_plan([checkpoints[i] for i in large[0]], wanted, progress, processes)
         others = [c.name for i, c in enumerate(checkpoints) if i not in large[0]]
         first = plan.checkpoints[0].name
         reasons = [
@@ -164,12 +167,12 @@ def group_by_architecture(checkpoints: Sequence[Checkpoint]) -> list[list[int]]:
 def group_tensors(
     checkpoints: Sequence[Checkpoint], names: Sequence[str], limit: int = GROUP_BYTES
 ) -> tuple[tuple[str, ...], ...]:
-    """Groups names by shape and dtype, in order of first appearance, each within a byte limit."""
+    """Groups names by shape and dtype, in order of first appearance, each within the limits."""
     groups: dict[tuple, list[list[str]]] = {}
     for name in names:
         info = checkpoints[0].tensors[name]
         size = int(np.prod(info.shape)) * numpy_dtype(info.dtype).itemsize * len(checkpoints)
-        room = max(1, limit // max(1, size))
+        room = min(max(1, limit // max(1, size)), GROUP_LAYERS)
         parts = groups.setdefault((info.shape, info.dtype), [[]])
         if len(parts[-1]) >= room:
             parts.append([])
@@ -194,6 +197,27 @@ def is_common(checkpoints: Sequence[Checkpoint], name: str) -> bool:
     infos = _infos(checkpoints, name)
     kinds = {(i.shape, "float" if i.dtype in FLOATS else i.dtype) if i else None for i in infos}
     return None not in kinds and len(kinds) == 1
+
+
+def _all_marks(
+    checkpoints: Sequence[Checkpoint],
+    names: Sequence[str],
+    progress: Callable[[int, int], None] | None,
+    processes: Processes,
+) -> dict[str, tuple[bytes | None, ...]]:
+    """Digests by tensor name, in the order of the names; every process reads its share."""
+    infos = [next(i for i in _infos(checkpoints, name) if i is not None) for name in names]
+    mine = processes.share([math.prod(info.shape) for info in infos])
+    own: dict[str, list[str | None]] = {}
+    for done, index in enumerate(mine):
+        marks = _marks(checkpoints, names[index])
+        own[names[index]] = [None if mark is None else mark.hex() for mark in marks]
+        if progress is not None:
+            progress(done + 1, len(mine))
+    found: dict[str, list[str | None]] = {}
+    for part in processes.exchange(own):
+        found.update(part)
+    return {n: tuple(None if m is None else bytes.fromhex(m) for m in found[n]) for n in names}
 
 
 def _marks(checkpoints: Sequence[Checkpoint], name: str) -> tuple[bytes | None, ...]:

@@ -7,15 +7,15 @@ silently writes wrong values for arrays that are not C-contiguous.
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jdetune.checkpoint.index import INDEX_NAME, Checkpoint
+from jdetune.checkpoint.index import INDEX_NAME, SINGLE_NAME, Checkpoint
 from jdetune.checkpoint.reader import raw_bytes
 from jdetune.errors import OutputError
 
@@ -77,11 +77,24 @@ def save_json(path: str | Path, value: Mapping[str, Any], sort_keys: bool = Fals
     save_text(path, text + "\n")
 
 
+class Shard(NamedTuple):
+    """What one file of a checkpoint holds.
+
+    Attributes:
+      file: its name.
+      names: its tensors.
+      n_bytes: their size.
+      n_parameters: their elements.
+    """
+
+    file: str
+    names: tuple[str, ...]
+    n_bytes: int
+    n_parameters: int
+
+
 def save_like(
-    template: Checkpoint,
-    out: str | Path,
-    get_tensor: Callable[[str], np.ndarray | None],
-    side_files: bool = True,
+    template: Checkpoint, out: str | Path, get_tensor: Callable[[str], np.ndarray | None]
 ) -> int:
     """Writes a checkpoint with the shard layout of another, one shard in memory at a time.
 
@@ -89,30 +102,49 @@ def save_like(
       template: gives shards, order and side files.
       out: folder to write to.
       get_tensor: the array of a name, or None to leave the tensor out.
-      side_files: copy config and tokenizer files along.
 
     Returns:
       Number of parameters written.
     """
+    shards = [save_shard(template, out, file, get_tensor) for file in template.files]
+    return finish_shards(template, out, shards)
+
+
+def save_shard(
+    template: Checkpoint, out: str | Path, file: str, get_tensor: Callable[[str], np.ndarray | None]
+) -> Shard:
+    """Writes one file of ``save_like``; a single file is always called model.safetensors."""
+    target = file if len(template.files) > 1 else SINGLE_NAME
+    wanted = [name for name, info in template.tensors.items() if info.file == file]
+    arrays = {name: get_tensor(name) for name in wanted}
+    kept = {name: array for name, array in arrays.items() if array is not None}
+    save_safetensors(Path(out) / target, kept)
+    sizes = [(array.nbytes, array.size) for array in kept.values()]
+    return Shard(target, tuple(kept), sum(n for n, _ in sizes), sum(n for _, n in sizes))
+
+
+def finish_shards(template: Checkpoint, out: str | Path, shards: Sequence[Shard]) -> int:
+    """Writes what belongs to all files of ``save_like``: index, config and tokenizer files.
+
+    Args:
+      template: gives the side files.
+      out: folder that holds the shards.
+      shards: what is in them.
+
+    Returns:
+      Number of parameters in all.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    weight_map: dict[str, str] = {}
-    n_bytes = n_parameters = 0
-    names = _shard_names(template)
-    for file in template.files:
-        wanted = [name for name, info in template.tensors.items() if info.file == file]
-        arrays = {name: get_tensor(name) for name in wanted}
-        kept = {name: array for name, array in arrays.items() if array is not None}
-        save_safetensors(out / names[file], kept)
-        weight_map.update(dict.fromkeys(kept, names[file]))
-        n_bytes += sum(array.nbytes for array in kept.values())
-        n_parameters += sum(array.size for array in kept.values())
-    if len(template.files) > 1:
+    n_parameters = sum(shard.n_parameters for shard in shards)
+    if len(shards) > 1:
+        n_bytes = sum(shard.n_bytes for shard in shards)
         metadata = {"total_parameters": n_parameters, "total_size": n_bytes}
-        index = {"metadata": metadata, "weight_map": weight_map}
-        save_json(out / INDEX_NAME, index, sort_keys=True)
-    if side_files:
-        copy_side_files(template, out)
+        weight_map = {name: shard.file for shard in shards for name in shard.names}
+        save_json(
+            out / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map}, sort_keys=True
+        )
+    copy_side_files(template, out)
     return n_parameters
 
 
@@ -122,13 +154,6 @@ def copy_side_files(template: Checkpoint, out: str | Path) -> None:
         target = Path(out) / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(template.root / name, target)
-
-
-def _shard_names(template: Checkpoint) -> dict[str, str]:
-    """Shard names as they are, but a single file always becomes model.safetensors."""
-    if len(template.files) == 1:
-        return {template.files[0]: "model.safetensors"}
-    return {name: name for name in template.files}
 
 
 def _temporary(path: Path) -> Path:

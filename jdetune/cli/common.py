@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import flags
 
+from jdetune.distributed import Processes, join
 from jdetune.errors import JdetuneError
 
 PLATFORMS = {"auto": None, "cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
@@ -126,6 +127,34 @@ def write_err(text: str) -> None:
 def write_json(value: Mapping[str, Any]) -> None:
     """Writes a JSON object to stdout; NaN is an error."""
     write_out(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False))
+
+
+def add_process_flags(command: Command) -> None:
+    """Defines how several processes find each other."""
+    command.string(
+        "coordinator",
+        None,
+        "HOST:PORT of the first of several processes, or auto on TPU pods and Kubernetes. Under "
+        "srun and mpirun nothing is needed.",
+    )
+    command.integer("num_processes", None, "How many processes there are, with --coordinator.")
+    command.integer("process_id", None, "This process's number, with --coordinator.", lower=0)
+
+
+def join_processes(command: Command) -> Processes:
+    """Chooses JAX's backend and joins the other processes, before the first computation."""
+    platform = PLATFORMS[command["platform"]]
+    if platform is not None:
+        import jax
+
+        jax.config.update("jax_platforms", platform)
+    flags_ = (command[name] for name in ("coordinator", "num_processes", "process_id"))
+    try:
+        processes = join(*flags_)
+    except JdetuneError as error:
+        raise UsageError(str(error)) from error
+    set_platform(command["platform"])
+    return processes
 
 
 def set_platform(name: str) -> None:

@@ -40,6 +40,7 @@ def make_command() -> Command:
         "together. Default: a share of what is free.",
     )
     command.platform()
+    common.add_process_flags(command)
     return command
 
 
@@ -130,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("no MODEL is given.\nTry: jdetune recover --help")
     if command["out"] is None and not command["dry_run"]:
         raise UsageError("--out=DIR is missing.\nTry: jdetune recover --help")
-    common.set_platform(command["platform"])
+    processes = common.join_processes(command)
     options = pipeline.Options(
         solver=make_solver(command),
         include=command["include"],
@@ -140,7 +141,7 @@ def main(argv: Sequence[str]) -> int:
         max_memory=common.parse_size(command["max_memory"], "--max_memory"),
         command=command.command_line(argv),
     )
-    with common.progress_bar(command["quiet"]) as progress:
+    with common.progress_bar(command["quiet"] or not processes.first) as progress:
         if command["dry_run"]:
             checkpoints = pipeline.open_models(models)
             if command["out"] is not None:
@@ -148,9 +149,11 @@ def main(argv: Sequence[str]) -> int:
             plan = pipeline.plan_models(checkpoints, options, progress)
             text, value = _plan_text(plan), _plan_json(plan)
         else:
-            value = pipeline.run(models, command["out"], options, progress)
+            value = pipeline.run(models, command["out"], options, progress, processes=processes)
             text = render(value, command["out"])
-    if command["json"]:
+    if not processes.first:
+        pass  # the first one says it
+    elif command["json"]:
         common.write_json(value)
     else:
         common.write_out(text)
@@ -166,6 +169,7 @@ def render(report: dict[str, Any], out: str) -> str:
     lines = [
         f"{good} of {len(solved)} differing matrices recovered from {n_models} models "
         f"in {report['seconds']:.1f} s ({report['device']})",
+        _timing(report["timing"]),
     ]
     if solved:
         lines += ["", _solved_table(solved)]
@@ -184,6 +188,14 @@ def render(report: dict[str, Any], out: str) -> str:
     if summary["base_written"]:
         lines += ["", f"next: jdetune verify {out}"]
     return "\n".join(lines)
+
+
+def _timing(timing: dict[str, Any]) -> str:
+    """Where the time went."""
+    several = f"{timing['processes']} processes, " if timing["processes"] > 1 else ""
+    stages = ", ".join(f"{name} {timing[name]:.1f} s" for name in ("compare", "recover", "write"))
+    share = f"{timing['not_in_solve']:.0%} of the time is not the solver's"
+    return f"{several}{stages}; {share}"
 
 
 def _solved_table(tensors: Sequence[dict[str, Any]]) -> str:

@@ -1,0 +1,129 @@
+"""Several processes: who does what, byte-identical output, and failures that all hear of."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jdetune.distributed import ALONE, PeerError, Processes, join, launched
+from jdetune.errors import JdetuneError
+from tests import pico
+
+SHAPES = {"a": (64, 48), "b": (80, 56), "c": (64, 48)}
+TIMES = {"started_at", "seconds", "timing", "command"}
+
+
+def write_family(root, n_models=3):
+    """Models with matrices of two shapes, in two shards."""
+    rng = np.random.default_rng(0)
+    base = {f"encoder.{n}.weight": rng.standard_normal(s) for n, s in SHAPES.items()}
+    paths = []
+    for model in range(n_models):
+        tuned = {}
+        for name, weights in base.items():
+            left, right = (rng.standard_normal((side, 3)) for side in weights.shape)
+            tuned[name] = (0.02 * weights + 1e-3 * left @ right.T).astype(np.float32)
+        paths.append(pico.write(root / f"tune-{model}", tuned, shards=2))
+    return paths
+
+
+def command(paths, out, *flags):
+    return [sys.executable, "-m", "jdetune", "recover", *map(str, paths), f"--out={out}", *flags]
+
+
+def plain_environment():
+    """As a user has it: without the eight host devices of the tests."""
+    plain = {n: v for n, v in os.environ.items() if n not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    return {**plain, "JAX_PLATFORMS": "cpu"}
+
+
+def start(paths, out, index, port, *flags, count=2):
+    where = f"--coordinator=localhost:{port}"
+    return subprocess.Popen(
+        command(paths, out, where, f"--num_processes={count}", f"--process_id={index}", *flags),
+        env=plain_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def files_of(out):
+    return {p.relative_to(out).as_posix(): p for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def untimed(report):
+    tensors = [{k: v for k, v in t.items() if k != "seconds"} for t in report["tensors"]]
+    return {**{k: v for k, v in report.items() if k not in TIMES}, "tensors": tensors}
+
+
+def test_two_processes_write_what_one_does(tmp_path):
+    paths = write_family(tmp_path)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    subprocess.run(
+        command(paths, alone, "--masks"),
+        env=plain_environment(),
+        check=True,
+        timeout=120,
+        capture_output=True,
+    )
+    port = free_port()
+    running = [start(paths, together, k, port, "--masks") for k in (0, 1)]
+    said = [process.communicate(timeout=180) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert said[0][0].startswith("3 of 3 differing matrices recovered")
+    assert said[1][0] == ""
+    one, two = files_of(alone), files_of(together)
+    assert list(one) == list(two)
+    for name in one:
+        if name != "report.json":
+            assert one[name].read_bytes() == two[name].read_bytes(), name
+    first, second = (json.loads(f["report.json"].read_text()) for f in (one, two))
+    assert untimed(first) == untimed(second)
+    assert (first["timing"]["processes"], second["timing"]["processes"]) == (1, 2)
+
+
+def test_a_failure_of_one_process_ends_all_of_them(tmp_path):
+    paths = write_family(tmp_path)
+    out, port = tmp_path / "out", free_port()
+    running = [start(paths, out, 0, port), start([*paths[:2], "missing"], out, 1, port)]
+    said = [process.communicate(timeout=180)[1] for process in running]
+    assert [process.returncode for process in running] == [3, 3], said
+    assert "missing: no such file" in said[1]
+    assert "process 1: missing: no such file" in said[0]
+    assert not (out / "base").exists()
+
+
+def test_work_is_shared_by_size():
+    sizes = [5, 9, 1, 1, 4, 0, 0]
+    shares = [Processes(k, 3).share(sizes) for k in range(3)]
+    assert sorted(sum(shares, [])) == list(range(len(sizes)))
+    assert max(sum(sizes[i] for i in share) for share in shares) == 9
+    assert all(Processes(k, 8).share([]) == [] for k in range(8))
+    assert ALONE.share(sizes) == list(range(len(sizes)))
+
+
+def test_joining_alone_and_with_half_of_the_flags(monkeypatch):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert join(None, None, None) is ALONE
+    with pytest.raises(JdetuneError, match="need --coordinator"):
+        join(None, 2, None)
+    assert launched({"OMPI_COMM_WORLD_SIZE": "2"})
+    assert not launched({"SLURM_NTASKS": "4"})
+
+
+def test_an_error_of_the_only_process_stays_as_it_is():
+    with pytest.raises(KeyError), ALONE.together():
+        raise KeyError("x")
+    assert PeerError("text", 4).exit_code == 4
