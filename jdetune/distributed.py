@@ -16,6 +16,14 @@ from jdetune.errors import JdetuneError
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
+#: Seconds without a sign of life after which a process counts as lost.
+HEARTBEAT_SECONDS = 30
+
+
+class LostProcessError(JdetuneError):
+    """Another process of the run does not answer: it was killed, or its machine is gone."""
+
+
 class PeerError(JdetuneError):
     """Another process of the run failed; its exit code is taken over."""
 
@@ -65,6 +73,7 @@ class Processes:
 
         Raises:
           PeerError: another process failed instead of getting here.
+        LostProcessError: another process is gone.
         """
         if self.count == 1:
             return [value]
@@ -79,7 +88,7 @@ class Processes:
         """Tells the others of an error, so that none waits for a process that has stopped."""
         try:
             yield
-        except PeerError:
+        except (PeerError, LostProcessError):
             raise
         except BaseException as error:
             if self.count > 1:
@@ -114,7 +123,12 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     address = None if coordinator == "auto" else coordinator
     try:
         with _native_output_to_stderr():
-            jax.distributed.initialize(address, num_processes, process_id)
+            jax.distributed.initialize(
+                address,
+                num_processes,
+                process_id,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
             return Processes(jax.process_index(), jax.process_count())
     except (RuntimeError, ValueError) as error:
         cause = next(iter(str(error).splitlines()), type(error).__name__)
@@ -146,8 +160,12 @@ def _gather(message: Mapping[str, Any]) -> list[dict[str, Any]]:
             sizes = multihost_utils.process_allgather(np.int32(len(data)))
             padded = np.pad(data, (0, int(sizes.max()) - len(data)))
             rows = multihost_utils.process_allgather(padded)
-    except RuntimeError as error:
-        raise PeerError(f"a process of this run does not answer any more ({error})", 3) from error
+    except (RuntimeError, ValueError) as error:
+        cause = next(iter(str(error).splitlines()), type(error).__name__)
+        raise LostProcessError(
+            f"another process of this run does not answer any more ({cause}). Nothing was put in "
+            "place; start all processes again."
+        ) from error
     pairs = zip(np.asarray(rows), np.ravel(sizes), strict=True)
     return [json.loads(row[: int(size)].tobytes()) for row, size in pairs]
 

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -123,7 +124,56 @@ def test_joining_alone_and_with_half_of_the_flags(monkeypatch):
     assert not launched({"SLURM_NTASKS": "4"})
 
 
+@pytest.mark.parametrize("launcher", ["slurm", "ompi"])
+def test_launchers_are_found_in_the_environment(launcher):
+    number = free_port() % 2**12  # both derive the port from the job's number
+    code = (
+        "from jdetune.distributed import join; p = join(None, None, None)\n"
+        "print(p.exchange(10 + p.index), p.index, p.count)"
+    )
+    running = []
+    for rank in (0, 1):
+        told = {
+            "slurm": {
+                "SLURM_JOB_ID": f"{number}",
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": "2",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_PROCID": f"{rank}",
+                "SLURM_LOCALID": f"{rank}",
+            },
+            "ompi": {
+                "OMPI_MCA_orte_hnp_uri": f"{number * 2**12}.0;tcp://127.0.0.1:1",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_RANK": f"{rank}",
+                "OMPI_COMM_WORLD_LOCAL_RANK": f"{rank}",
+            },
+        }[launcher]
+        environment = {**plain_environment(), **told}
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+            )
+        )
+    said = [process.communicate(timeout=120)[0] for process in running]
+    assert said == ["[10, 11] 0 2\n", "[10, 11] 1 2\n"]
+
+
 def test_an_error_of_the_only_process_stays_as_it_is():
     with pytest.raises(KeyError), ALONE.together():
         raise KeyError("x")
     assert PeerError("text", 4).exit_code == 4
+
+
+def test_a_killed_process_is_missed_at_once_and_nothing_is_put_in_place(tmp_path):
+    paths = write_family(tmp_path)
+    out, port = tmp_path / "out", free_port()
+    running = [start(paths, out, k, port) for k in (0, 1)]
+    while not (out / ".jdetune" / "solved").exists() and running[0].poll() is None:
+        time.sleep(0.05)
+    running[1].kill()
+    said = running[0].communicate(timeout=120)[1]
+    running[1].communicate()
+    assert running[0].returncode == 3, said
+    assert "does not answer any more" in said
+    assert [path.name for path in out.iterdir()] == [".jdetune"]

@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
       5 partial, 6 verification failed, 130 interrupted.
     """
     from jdetune.cli import common
+    from jdetune.distributed import LostProcessError
     from jdetune.errors import JdetuneError
 
     name = argv[0] if argv else "--help"
@@ -81,6 +82,8 @@ def main(argv: Sequence[str]) -> int:
         if "--debug" in argv:
             raise
         common.write_err(f"jdetune {name}: {error}")
+        if isinstance(error, LostProcessError):
+            os._exit(error.exit_code)  # a regular end waits for the lost one, and then crashes
         return error.exit_code
     except (OSError, MemoryError) as error:
         if "--debug" in argv:
