@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jdetune import linalg
-from jdetune.noise import Weights, as_merged, fit_variance, merge_variance
+from jdetune.noise import fit_variance
 from jdetune.solvers.intersection import Scales
 from jdetune.solvers.tangent import (
     Linearized,
@@ -52,13 +52,12 @@ class Spread(NamedTuple):
 
 
 def spread(
-    weights: Weights,
+    variance: Float[Array, "model row col"],
     left: Float[Array, "model row rank"],
     right: Float[Array, "model rank col"],
     active: Bool[Array, "model rank"],
     scales: Scales,
     known: Bool[Array, "row col"],
-    rounding: str = "R1",
     conditioning: Array | float = 1.0,
 ) -> Spread:
     r"""Errors of the updates, from one replicate of the rounding errors.
@@ -68,25 +67,21 @@ def spread(
     base is eliminated. The replicate says by which factor this is too small.
 
     Args:
-      weights: merged weights of one layer as stored.
+      variance: of the merged weights' errors (``noise.merge_variance``).
       left: B of each update.
       right: A of each update.
       active: which columns are used.
       scales: rounding error as row and column factors.
       known: where the base is known exactly.
-      rounding: rule of the merge, R0 to R3.
       conditioning: of the closed form.
 
     Returns:
       Variances in the dtype of the factors.
     """
-    models = as_merged(weights)
     dtype = left.dtype
-    variance = fit_variance(merge_variance(models, left, right, rounding))
-    at = linearize(left, right, active, scales, 1 / variance, known)
+    at = linearize(left, right, active, scales, 1 / fit_variance(variance), known)
     tangent = at.tangent
-    errors = jax.random.uniform(jax.random.key(1), variance.shape, jnp.float32, -1, 1)
-    errors = errors * jnp.sqrt(3 / tangent.weight)
+    errors = _signs(*tangent.weight.shape) * jax.lax.rsqrt(tangent.weight)
     mean = linalg.sum_models(tangent.weight * errors) / tangent.total
     gradient = to_tangent(tangent, tangent.weight * (errors - mean))
     goal = (GOAL * sharper(conditioning)).astype(jnp.float32) * dot(gradient, gradient)
@@ -105,6 +100,13 @@ def spread(
         leverage=jnp.minimum(alone * tangent.weight, 0.5),
         amplification=jnp.sqrt(share),
     )
+
+
+def _signs(n_models: int, row: int, col: int) -> Float[Array, "model row col"]:
+    """Random signs, 32 models from one random word: drawing is a large part of a replicate."""
+    words = jax.random.bits(jax.random.key(1), (-(-n_models // 32), row, col), jnp.uint32)
+    models = [words[k // 32] >> (k % 32) & 1 for k in range(n_models)]
+    return 1 - 2 * jnp.stack(models).astype(jnp.float32)
 
 
 def _leverage_variance(at: Linearized) -> Float[Array, "model row col"]:

@@ -7,6 +7,8 @@ point near the estimate then has a likelihood. One point left is *certain*, else
 them fixed the updates are fitted anew, and more elements become certain.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -41,6 +43,8 @@ LIKELY = 12.0
 SEVERAL_ROUNDINGS = 0.2
 #: Elements whose rounding variance is below this share of the mean show what nothing explains.
 FINE = 0.01
+#: Models whose factors between 1 and 4 are multiplied before one logarithm is taken.
+PRODUCT = 32
 #: Logistic distributions of unit variance: their tails are those of a float32 sum's error.
 LOGISTIC = 1.8138
 
@@ -125,40 +129,42 @@ def snap(
         far = nearest(centre + step * stride, grid)
         return jnp.where(stride > 0, far, step_up(centre, grid, step))
 
-    points = [point(step) for step in range(-REACH, REACH + 1)]
-    shifts = jnp.stack([*points, jnp.zeros_like(centre)]) - centre
-    fine = shifts.astype(jnp.float32)
-
-    def add(total: Array, model: tuple[Array, ...]) -> tuple[Array, None]:
-        below, above, sharpness = model
-        over = fine * sharpness
-        return total + _log_inside(below - over, above - over), None
-
-    log, _ = jax.lax.scan(
-        add, jnp.zeros_like(fine), tuple(part.astype(jnp.float32) for part in bounds)
-    )
-    (log, of_zero), (shifts, to_zero) = ((part[:-1], part[-1]) for part in (log, shifts))
-    best = jnp.argmax(log, axis=0)
-    share = jax.nn.softmax(log, axis=0).astype(dtype)
-    is_best = jnp.arange(len(points), dtype=best.dtype)[:, None, None] == best
-    wrong = jnp.sum(jnp.where(is_best, 0, share), axis=0)
+    steps = [point(step) - centre for step in range(-REACH, REACH + 1)]
+    *logs, of_zero = _likelihoods([*steps, -centre], bounds)
+    top = functools.reduce(jnp.maximum, logs)
+    chances = [jnp.exp(log - top) for log in logs]
+    whole = functools.reduce(jnp.add, chances)
+    chosen, best = steps[0], chances[0]
+    for step, chance in zip(steps[1:], chances[1:], strict=True):
+        chosen, best = jnp.where(chance > best, step, chosen), jnp.maximum(chance, best)
+    # the others are added up by themselves: the best one's share is too near one to be taken off
+    others = [jnp.where(step == chosen, 0, part) for step, part in zip(steps, chances, strict=True)]
+    wrong = (functools.reduce(jnp.add, others) / whole).astype(dtype)
     # on a coarse stride, the grid points that one stride stands for share its probability
     wrong = jnp.where(stride > unit, 1 - (1 - wrong) * unit / jnp.maximum(stride, unit), wrong)
-    chosen = jnp.sum(jnp.where(is_best, shifts, 0), axis=0)
     reference = models.values[0].astype(dtype)
     away = linalg.sum_models(models.values.astype(dtype) - reference)
     mean = nearest(reference + away / models.values.shape[0], grid) - centre
-    may_be_zero = (stride > 0) & (of_zero > jnp.max(log, axis=0) - LIKELY)
-    chosen = jnp.where(may_be_zero, to_zero, chosen)
+
+    def expected(at: Array) -> Array:
+        """Mean squared distance of the points from one of them."""
+        parts = [
+            c.astype(dtype) * jnp.square(step - at) for step, c in zip(steps, chances, strict=True)
+        ]
+        return functools.reduce(jnp.add, parts) / whole.astype(dtype)
+
+    mean_error = jnp.mean(expected(mean))
+    may_be_zero = (stride > 0) & (of_zero > top - LIKELY)
+    chosen = jnp.where(may_be_zero, -centre, chosen)
     wrong = jnp.where(may_be_zero, _chance(centre, deviation, may_be_zero), wrong)
-    error = jnp.sum(share * jnp.square(shifts - chosen), axis=0)
+    error = expected(chosen)
     error = jnp.where(may_be_zero, wrong * error, error)
     nothing = jnp.all(models.values == 0, axis=0)  # a zero row: updates leave it alone
     return Snapped(
         base=jnp.where(nothing, 0, centre + chosen),
         wrong=jnp.where(nothing, 0, wrong).astype(jnp.float32),
         error=jnp.where(nothing, 0, error),
-        mean_error=jnp.mean(jnp.sum(share * jnp.square(shifts - mean), axis=0)),
+        mean_error=mean_error,
     )
 
 
@@ -167,17 +173,46 @@ def _positive_spacing(models: Merged, dtype: jnp.dtype) -> Float[Array, "model r
     return jnp.maximum(units, 1e-9 * jnp.mean(units) + 1e-37)
 
 
-def _log_inside(low: Array, high: Array) -> Array:
-    r"""Log probability that a logistic error of unit deviation lies between low and high.
+def _likelihoods(
+    steps: Sequence[Array], bounds: tuple[Array, Array, Array]
+) -> list[Float[Array, "row col"]]:
+    """Log likelihood of the centre plus each step, up to what all steps have in common.
 
-    With a < b scaled and mirrored to a + b <= 0, it is
-    :math:`\min(b, 0) + \log\frac{1 - e^{a-b}}{(1 + e^a)(1 + e^{-|b|})}`: nothing overflows.
+    Args:
+      steps: of one shape each, relative to the centre.
+      bounds: ends of each model's interval around the centre and the steps' scale, in deviations.
+    """
+    parts = tuple(part.astype(jnp.float32) for part in bounds)
+    fine = [step.astype(jnp.float32) for step in steps]
+
+    def add(carry: list, model: tuple[Array, ...]) -> tuple[list, None]:
+        below, above, sharpness = model
+        after = []
+        for (log, outside), step in zip(carry, fine, strict=True):
+            over = step * sharpness
+            tail, factor = _inside(below - over, above - over)
+            after.append((log + tail, outside * factor))
+        return after, None
+
+    logs = [jnp.zeros_like(step) for step in fine]
+    for start in range(0, parts[0].shape[0], PRODUCT):
+        some = jax.tree.map(lambda part, start=start: part[start : start + PRODUCT], parts)
+        found, _ = jax.lax.scan(add, [(log, jnp.ones_like(log)) for log in logs], some)
+        logs = [log - jnp.log(outside) for log, outside in found]
+    return logs
+
+
+def _inside(low: Array, high: Array) -> tuple[Array, Array]:
+    r"""Probability that a logistic error of unit deviation lies between low and high, in two parts.
+
+    With a < b scaled and mirrored to a + b <= 0, its logarithm is
+    :math:`\log(1 - e^{a-b}) + \min(b, 0) - \log((1 + e^a)(1 + e^{-|b|}))`. The first term, of the
+    width alone, is the same for all grid points and is left out. Returned are the second term and
+    the product, between 1 and 4, whose logarithm the third is: nothing overflows.
     """
     a, b = low * LOGISTIC, high * LOGISTIC
     a, b = jnp.minimum(a, -b), jnp.minimum(b, -a)
-    inside = 1 - jnp.exp(jnp.minimum(a - b, -1e-6))
-    outside = (1 + jnp.exp(a)) * (1 + jnp.exp(-jnp.abs(b)))
-    return jnp.minimum(b, 0) + jnp.log(inside / outside)
+    return jnp.minimum(b, 0), (1 + jnp.exp(a)) * (1 + jnp.exp(-jnp.abs(b)))
 
 
 def _chance(centre: Array, deviation: Array, may_be_zero: Array) -> Float[Array, ""]:
@@ -265,6 +300,7 @@ def resolve(
     ranks: Int[Array, " model"],
     scales: Scales,
     grid: Grid,
+    variance: Float[Array, "model row col"],
     residual_ratio: Float[Array, ""],
     rounding: str = "R1",
     conditioning: Array | float = 1.0,
@@ -278,6 +314,7 @@ def resolve(
       ranks: rank of each update.
       scales: rounding error as row and column factors.
       grid: of the base.
+      variance: of the merged weights' errors with these updates.
       residual_ratio: rms of the residuals over that of one rounding; more roundings show in it.
       rounding: rule of the merge, R0 to R3.
       conditioning: of the closed form.
@@ -294,14 +331,15 @@ def resolve(
     def estimate(left: Array, right: Array, variance: Array) -> Array:
         return nearest(weighted_base(models, left, right, variance), grid)
 
-    def one_round(carry: Resolved) -> Resolved:
+    def one_round(state: tuple[Resolved, Array]) -> tuple[Resolved, Array]:
+        carry, variance = state
         base = carry.snapped.base
         before = carry.snapped.wrong < fixed_below(carry.amplification)
         left, right, count = refit(
-            models, carry.left, carry.right, ranks, scales, base, before, rounding
+            models, carry.left, carry.right, ranks, scales, base, before, variance
         )
-        errors = spread(models, left, right, active, scales, before, rounding, conditioning)
         variance = merge_variance(models, left, right, rounding)
+        errors = spread(variance, left, right, active, scales, before, conditioning)
         centre = jnp.where(before, base, estimate(left, right, variance))
         softness = errors.variance + jnp.maximum(variance - jnp.square(units) / 12, 0)
         rest = residuals(models, centre, left, right)
@@ -312,7 +350,7 @@ def resolve(
         amplification = jnp.where(carry.rounds == 0, errors.amplification, carry.amplification)
         fixed = jnp.mean(found.wrong < fixed_below(amplification), dtype=jnp.float32)
         already = jnp.mean(before, dtype=jnp.float32)
-        return Resolved(
+        after = Resolved(
             snapped=found,
             left=left,
             right=right,
@@ -323,17 +361,16 @@ def resolve(
             grown=fixed - already,
             residual_ratio=jnp.sqrt(jnp.sum(jnp.square(rest)) / jnp.sum(variance)),
         )
+        return after, variance
 
-    def going(carry: Resolved) -> Array:
+    def going(state: tuple[Resolved, Array]) -> Array:
+        carry, _ = state
         return (carry.rounds < ROUNDS) & (carry.grown > GROWTH)
 
-    base = estimate(left, right, merge_variance(models, left, right, rounding))
+    base = estimate(left, right, variance)
     ones = jnp.ones(base.shape, jnp.float32)
     zero, none = jnp.zeros_like(left[0, 0, 0]), jnp.zeros_like(ranks[0])
     start = Snapped(base, ones, jnp.zeros_like(base), zero)
     one = jnp.float32(1) + 0 * ones[0, 0]
-    return jax.lax.while_loop(
-        going,
-        one_round,
-        Resolved(start, left, right, 0 * one, 0 * left[:, 0, 0], none, none, one, zero),
-    )
+    first = Resolved(start, left, right, 0 * one, 0 * left[:, 0, 0], none, none, one, zero)
+    return jax.lax.while_loop(going, one_round, (first, variance))[0]

@@ -120,7 +120,7 @@ def _polished(
 ) -> dict[str, Array]:
     """Most likely updates, the base decided on its grid, and the certificate, of one layer."""
     rule = solver.rounding
-    likely, base, variance, ratio = likelihood.most_likely(
+    likely, base, noise, variance, ratio = likelihood.most_likely(
         weights,
         left,
         right,
@@ -135,14 +135,7 @@ def _polished(
             active = jnp.arange(left.shape[2], dtype=jnp.int32) < ranks[:, None]
             nothing = jnp.zeros(base.shape, bool)
             amplification = certificate.spread(
-                weights,
-                likely.left,
-                likely.right,
-                active,
-                scales,
-                nothing,
-                rule,
-                conditioning,
+                noise, likely.left, likely.right, active, scales, nothing, conditioning
             ).amplification.astype(base.dtype)
         grid = grids.find_grid(base, variance, finest, amplification, ratio)
     else:
@@ -156,17 +149,18 @@ def _polished(
         ranks,
         scales,
         on,
+        noise,
         ratio,
         rule,
         conditioning,
     )
     snapped = final.snapped
     # one direction that rows and columns nearly share escapes conjugate gradients and a replicate
-    noise = jnp.mean(variance)
-    hidden = jnp.where(conditioning < ILL_CONDITIONED, noise / conditioning / base.size, 0)
+    mean = jnp.mean(variance)
+    hidden = jnp.where(conditioning < ILL_CONDITIONED, mean / conditioning / base.size, 0)
     error = jnp.mean(snapped.error) + hidden
     share = jnp.where(hidden > 0, 1 - hidden / error, 1)
-    amplification = jnp.maximum(final.amplification, jnp.sqrt(hidden / noise).astype(jnp.float32))
+    amplification = jnp.maximum(final.amplification, jnp.sqrt(hidden / mean).astype(jnp.float32))
     certain = (snapped.wrong < exact.certain_below(amplification)) & (conditioning >= UNSURE)
     return {
         **_balanced(final.left, final.right, ranks),

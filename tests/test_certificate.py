@@ -53,16 +53,17 @@ def test_amplification_is_that_of_the_dense_normal_matrix(n):
     family = synth.family(n, 18, 14, 2, seed=4, decay=0.5)
     with linalg.scope(FLOAT64):
         left, right = (jnp.asarray(np.stack(x), FLOAT64) for x in (family.left, family.right))
-        variance = fit_variance(merge_variance(family.merged, left, right))
+        variance = merge_variance(family.merged, left, right)
         found = certificate.spread(
-            family.merged,
+            variance,
             left,
             right,
             jnp.ones((n, 2), bool),
             noise_scales(family.merged, FLOAT64),
             jnp.zeros((18, 14), bool),
         )
-    exact = dense_errors(family, np.asarray(variance))
+        fitted = np.asarray(fit_variance(variance))
+    exact = dense_errors(family, fitted)
     assert exact > 1.1
     # one replicate of about 200 numbers
     assert float(found.amplification) == pytest.approx(exact, rel=0.2)

@@ -149,6 +149,25 @@ def refine(
     )
 
 
+class MostLikely(NamedTuple):
+    """What ``most_likely`` finds.
+
+    Attributes:
+      updates: the refined updates.
+      base: most likely base for them.
+      variance: of the merged weights' errors.
+      base_variance: the base's if the updates were known.
+      ratio: rms of the residuals over that of the rounding error; about 1, as what the fitted
+        updates take up is a few percent.
+    """
+
+    updates: Refined
+    base: Float[Array, "row col"]
+    variance: Float[Array, "model row col"]
+    base_variance: Float[Array, "row col"]
+    ratio: Float[Array, ""]
+
+
 def most_likely(
     weights: Weights,
     left: Float[Array, "model row rank"],
@@ -158,7 +177,7 @@ def most_likely(
     options: Refinement = Refinement(),
     rounding: str = "R1",
     conditioning: Array | float = 1.0,
-) -> tuple[Refined, Array, Array, Array]:
+) -> MostLikely:
     """Most likely base and updates from those of the closed form.
 
     Args:
@@ -172,8 +191,7 @@ def most_likely(
       conditioning: of the closed form; see ``sharper``.
 
     Returns:
-      Updates, base, the base's variance if the updates were known, and the rms of the residuals
-      over that of the rounding error (about 1: what the fitted updates take up is a few percent).
+      Updates and base with their variances.
     """
     models = as_merged(weights)
     found = refine(models, left, right, ranks, scales, options, rounding, conditioning)
@@ -183,7 +201,8 @@ def most_likely(
     n_models = left.shape[0]
     share = jnp.sum(jnp.square(error)) / jnp.sum(variance)
     known = 1 / linalg.sum_models(1 / variance)
-    return found, base, known, jnp.sqrt(share * n_models / (n_models - 1))
+    ratio = jnp.sqrt(share * n_models / (n_models - 1))
+    return MostLikely(found, base, variance, known, ratio)
 
 
 def residuals(

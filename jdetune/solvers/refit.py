@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jdetune.noise import Weights, as_merged, fit_variance, merge_variance
+from jdetune.noise import Weights, as_merged, fit_variance
 from jdetune.solvers.intersection import Scales
 from jdetune.solvers.likelihood import residuals, weighted_base
 from jdetune.solvers.tangent import conjugate_gradients, dot, linearize, move, to_tangent
@@ -32,7 +32,7 @@ def refit(
     scales: Scales,
     base: Float[Array, "row col"],
     known: Bool[Array, "row col"],
-    rounding: str = "R1",
+    variance: Float[Array, "model row col"],
 ) -> tuple[Array, Array, Array]:
     """One Newton step of the updates, with the base fixed where it is known.
 
@@ -44,7 +44,7 @@ def refit(
       scales: rounding error as row and column factors.
       base: the base where it is known; anything elsewhere.
       known: where it is known.
-      rounding: rule of the merge, R0 to R3.
+      variance: of the merged weights' errors (``noise.merge_variance``).
 
     Returns:
       B and A of the moved updates, and conjugate gradient steps.
@@ -52,7 +52,7 @@ def refit(
     models = as_merged(weights)
     dtype, work = left.dtype, jnp.float32
     active = jnp.arange(left.shape[2], dtype=jnp.int32) < ranks[:, None]
-    variance = fit_variance(merge_variance(models, left, right, rounding))
+    variance = fit_variance(variance)
     eliminated = weighted_base(models, left, right, variance)
     error = residuals(models, jnp.where(known, base.astype(dtype), eliminated), left, right)
     share = jnp.minimum(jnp.square(error) / (3 * variance), CLIP**2)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdetune import linalg, synth
+from jdetune.noise import merge_variance
 from jdetune.solvers.intersection import noise_scales
 from jdetune.solvers.likelihood import Refinement, refine
 from jdetune.solvers.refit import refit
@@ -24,7 +25,12 @@ def test_fourth_powers_beat_least_squares_once_the_base_is_known():
         fit = jax.jit(lambda b, a: refine(family.merged, b, a, ranks, scales, Refinement()))
         squares = fit(*start)
         base = jnp.asarray(family.base.astype(np.float64))
-        again = jax.jit(lambda b, a, known: refit(family.merged, b, a, ranks, scales, base, known))
+
+        @jax.jit
+        def again(b, a, known):
+            variance = merge_variance(family.merged, b, a)
+            return refit(family.merged, b, a, ranks, scales, base, known, variance)
+
         known = jnp.ones(family.base.shape, bool)
         moved = [squares.left, squares.right]
         for _ in range(3):
