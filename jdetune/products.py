@@ -1,16 +1,19 @@
 """Writes base, adapters and masks of a recovery; each process writes its share of the files."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jdetune.checkpoint.adapters import write_adapter
 from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.manifest import Plan
-from jdetune.checkpoint.reader import raw_bytes, read_tensor
+from jdetune.checkpoint.reader import numpy_dtype, raw_bytes, read_tensor
 from jdetune.checkpoint.stacks import factors_of
+from jdetune.checkpoint.stream import Deferred
 from jdetune.checkpoint.writer import Shard, finish_shards, save_safetensors, save_shard
 from jdetune.distributed import ALONE, Processes
 from jdetune.report import TensorResult
@@ -47,11 +50,11 @@ def write_products(
     sources = {r.plan.name: r.plan.source for r in results}
     template = _full_template(plan, sources)
 
-    def get_tensor(name: str) -> np.ndarray | None:
+    def get_tensor(name: str) -> Any:
         if name in found:
-            return np.asarray(found[name].base)
+            return found[name].base
         source = sources.get(name)
-        return None if source is None else read_tensor(plan.checkpoints[source], name)
+        return None if source is None else _deferred(plan.checkpoints[source], name)
 
     files: list[str | int] = [*template.files, *range(len(plan.checkpoints))]
     mine = files[processes.index :: processes.count]
@@ -64,14 +67,26 @@ def write_products(
         if progress is not None:
             progress("write", done + 1, len(mine))
     if masks and processes.index == processes.count - 1:
-        certain = {n: np.asarray(r.certain).astype(np.uint8) for n, r in found.items()}
-        save_safetensors(stage / MASKS_NAME, certain)
+        save_safetensors(stage / MASKS_NAME, {n: _mask(r.certain) for n, r in found.items()})
     written = processes.exchange({"shards": shards, "left_out": sorted(left_out)})
     everything = [Shard(*shard) for part in written for shard in part["shards"]]
     if processes.first:
         finish_shards(template, stage / "base", everything)
     left_out = {name for part in written for name in part["left_out"]}
     return sum(shard.n_parameters for shard in everything), left_out
+
+
+def _deferred(checkpoint: Checkpoint, name: str) -> Deferred:
+    """A tensor of a model, read when it is written."""
+    info = checkpoint.tensors[name]
+    read = functools.partial(read_tensor, checkpoint, name)
+    return Deferred(numpy_dtype(info.dtype), info.shape, read)
+
+
+def _mask(certain: Any) -> Deferred:
+    """Which elements are certain, as bytes, read when it is written."""
+    byte = np.dtype(np.uint8)
+    return Deferred(byte, tuple(certain.shape), lambda: np.asarray(certain).astype(byte))
 
 
 def _write_adapter(

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from jdetune.checkpoint.reader import map_file
+from jdetune.checkpoint.stream import open_tensors
 from jdetune.checkpoint.writer import save_safetensors
 from jdetune.explain import Note
 from jdetune.report import TensorResult
 from jdetune.result import Adapters, Recovery
 
 _FIELDS = ("base", "ranks", "status", "predicted_error", "exact_fraction", "amplification")
+_LARGE = ("base", "certain", "left", "right")
 _STATS = "stats/"
 _SAID = ("status", "method", "remerge_match", "seconds", "reason", "base_dtype")
 
@@ -48,12 +49,13 @@ def load_results(
       path: the file.
       plans: tensor name to its plan.
     """
-    arrays, metadata = map_file(path)
+    arrays, metadata = open_tensors(path)
     content = json.loads(metadata["jdetune"])
-    parts: list[dict[str, np.ndarray]] = [{} for _ in content["results"]]
+    parts: list[dict[str, Any]] = [{} for _ in content["results"]]
     for name, array in arrays.items():
         place, _, field = name.partition("/")
-        parts[int(place)][field] = array
+        # what is small is read now
+        parts[int(place)][field] = array if field in _LARGE else np.asarray(array)
     results = {}
     for fields, (name, said) in zip(parts, content["results"].items(), strict=True):
         match = said.pop("remerge_match")
@@ -73,7 +75,7 @@ def _parts(found: Recovery) -> dict[str, Any]:
     return parts | {_STATS + name: value for name, value in found.stats.items()}
 
 
-def _recovery(parts: Mapping[str, np.ndarray]) -> Recovery:
+def _recovery(parts: Mapping[str, Any]) -> Recovery:
     stats = {n.removeprefix(_STATS): v for n, v in parts.items() if n.startswith(_STATS)}
     return Recovery(
         **{field: parts[field] for field in (*_FIELDS, "certain")},

@@ -1,14 +1,12 @@
 """Reads single tensors of a checkpoint as NumPy arrays."""
 
 import hashlib
-import json
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jdetune.checkpoint.index import DTYPES, Checkpoint
+from jdetune.checkpoint.index import Checkpoint
 from jdetune.errors import InputError
 
 
@@ -44,28 +42,6 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
             f"{path}: tensor {name} cannot be read ({error}). Copy the file again, or leave the "
             "tensor out with --exclude."
         ) from error
-
-
-def map_file(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors of a file that jdetune wrote itself, as read-only views of the disk.
-
-    Args:
-      path: a safetensors file; it must stay there as long as the arrays are used.
-
-    Returns:
-      Name to array, and the header's metadata.
-    """
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    metadata = header.pop("__metadata__", {})
-    whole = np.memmap(path, np.uint8, "r")
-    arrays = {}
-    for name, info in header.items():
-        start, end = (8 + size + offset for offset in info["data_offsets"])
-        dtype = numpy_dtype(DTYPES[info["dtype"]])
-        arrays[name] = np.asarray(whole[start:end]).view(dtype).reshape(info["shape"])
-    return arrays, metadata
 
 
 def raw_bytes(array: np.ndarray) -> np.ndarray:

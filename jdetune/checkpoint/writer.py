@@ -1,10 +1,11 @@
 """Writes weights and text so that a file is either whole or not there.
 
 ``save_safetensors`` is the only place in jdetune that writes tensors: the library's own function
-silently writes wrong values for arrays that are not C-contiguous.
+silently writes wrong values for arrays that are not C-contiguous, and holds a file in memory.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -12,24 +13,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jdetune.checkpoint.index import INDEX_NAME, SINGLE_NAME, Checkpoint
-from jdetune.checkpoint.reader import raw_bytes
+from jdetune.checkpoint.stream import Arrays, Deferred, write_tensors
 from jdetune.errors import OutputError
 
 _PT = {"format": "pt"}
+#: A tensor by name, or None to leave it out.
+GetTensor = Callable[[str], np.ndarray | Deferred | None]
 
 
 def save_safetensors(
-    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+    path: str | Path, tensors: Arrays, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes tensors to a file: temporary name, read back, compare, rename.
 
     Args:
       path: where the file goes; its folder is made.
-      tensors: name to array of any memory order, NumPy or what ``np.asarray`` takes.
+      tensors: name to array of any memory order; those not read yet are read one at a time.
       metadata: text for the header, ``{"format": "pt"}`` if left out (loaders ask for it).
 
     Raises:
@@ -37,16 +38,11 @@ def save_safetensors(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    dense = {name: np.ascontiguousarray(np.asarray(value)) for name, value in tensors.items()}
-    # ascontiguousarray makes 0-D arrays 1-D
-    dense = {name: value.reshape(np.shape(tensors[name])) for name, value in dense.items()}
     temporary = _temporary(path)
     try:
-        save_file(dense, temporary, metadata=dict(_PT if metadata is None else metadata))
-        _sync(temporary)
-        _read_back(temporary, dense)
+        write_tensors(temporary, tensors, _PT if metadata is None else metadata)
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error}). Check space and rights."
         ) from error
@@ -93,10 +89,8 @@ class Shard(NamedTuple):
     n_parameters: int
 
 
-def save_like(
-    template: Checkpoint, out: str | Path, get_tensor: Callable[[str], np.ndarray | None]
-) -> int:
-    """Writes a checkpoint with the shard layout of another, one shard in memory at a time.
+def save_like(template: Checkpoint, out: str | Path, get_tensor: GetTensor) -> int:
+    """Writes a checkpoint with the shard layout of another, one tensor in memory at a time.
 
     Args:
       template: gives shards, order and side files.
@@ -110,17 +104,16 @@ def save_like(
     return finish_shards(template, out, shards)
 
 
-def save_shard(
-    template: Checkpoint, out: str | Path, file: str, get_tensor: Callable[[str], np.ndarray | None]
-) -> Shard:
+def save_shard(template: Checkpoint, out: str | Path, file: str, get_tensor: GetTensor) -> Shard:
     """Writes one file of ``save_like``; a single file is always called model.safetensors."""
     target = file if len(template.files) > 1 else SINGLE_NAME
     wanted = [name for name, info in template.tensors.items() if info.file == file]
     arrays = {name: get_tensor(name) for name in wanted}
     kept = {name: array for name, array in arrays.items() if array is not None}
     save_safetensors(Path(out) / target, kept)
-    sizes = [(array.nbytes, array.size) for array in kept.values()]
-    return Shard(target, tuple(kept), sum(n for n, _ in sizes), sum(n for _, n in sizes))
+    sizes = [math.prod(array.shape) for array in kept.values()]
+    n_bytes = sum(n * a.dtype.itemsize for n, a in zip(sizes, kept.values(), strict=True))
+    return Shard(target, tuple(kept), n_bytes, sum(sizes))
 
 
 def finish_shards(template: Checkpoint, out: str | Path, shards: Sequence[Shard]) -> int:
@@ -163,17 +156,3 @@ def _temporary(path: Path) -> Path:
 def _sync(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-
-
-def _read_back(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    with safe_open(path, framework="np") as handle:
-        if set(handle.keys()) != set(tensors):
-            raise OutputError(f"{path}: read back with other tensors than were written.")
-        for name, written in tensors.items():
-            read = handle.get_tensor(name)
-            same = read.dtype == written.dtype and read.shape == written.shape
-            if not same or not np.array_equal(raw_bytes(read), raw_bytes(written)):
-                raise OutputError(
-                    f"{path}: tensor {name} read back differs from what was written. Check the "
-                    "disk."
-                )
