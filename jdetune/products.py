@@ -13,8 +13,8 @@ from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.manifest import Plan
 from jdetune.checkpoint.reader import numpy_dtype, raw_bytes, read_tensor
 from jdetune.checkpoint.stacks import factors_of
-from jdetune.checkpoint.stream import Deferred
 from jdetune.checkpoint.writer import Shard, finish_shards, save_safetensors, save_shard
+from jdetune.deferred import Deferred
 from jdetune.distributed import ALONE, Processes
 from jdetune.report import TensorResult
 from jdetune.solving import Progress, left_out_of

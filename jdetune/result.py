@@ -2,14 +2,21 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jdetune.deferred import Deferred
 from jdetune.status import Status
 from jdetune.types import Array
+
+#: Large arrays; the pipeline's stay on disk.
+if TYPE_CHECKING:
+    Large: TypeAlias = Array
+else:
+    Large = Array | Deferred
 
 
 @jax.tree_util.register_dataclass
@@ -25,8 +32,8 @@ class Adapters:
       right: A, [*layer, model, rank, col], float32.
     """
 
-    left: Float[Array, "*layer model row rank"]
-    right: Float[Array, "*layer model rank col"]
+    left: Float[Large, "*layer model row rank"]
+    right: Float[Large, "*layer model rank col"]
 
 
 @jax.tree_util.register_dataclass
@@ -51,14 +58,14 @@ class Recovery:
         over rms of the rounding error, about 1 where the updates explain everything) and others.
     """
 
-    base: Float[Array, "*layer row col"]
+    base: Float[Large, "*layer row col"]
     ranks: Int[Array, "*layer model"]
     adapters: Adapters
     status: Int[Array, "*layer"]
     predicted_error: Float[Array, "*layer"]
     exact_fraction: Float[Array, "*layer"]
     amplification: Float[Array, "*layer"]
-    certain: Bool[Array, "*layer row col"]
+    certain: Bool[Large, "*layer row col"]
     stats: dict[str, Any]
 
     @property

@@ -4,12 +4,11 @@ The library serialises all tensors of a file at once. What is written here is by
 would write; a test compares them.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from jdetune.checkpoint.index import DTYPES
 from jdetune.checkpoint.reader import numpy_dtype, raw_bytes
+from jdetune.deferred import Deferred
 from jdetune.errors import OutputError
 
 #: Words of the format in the library's order of writing: wider elements first.
@@ -26,40 +26,6 @@ _ORDER = (
 )
 _WORDS = {numpy_dtype(name): word for word, name in DTYPES.items()}
 _CHUNK = 1 << 24
-
-
-@dataclasses.dataclass(frozen=True)
-class Deferred:
-    """An array that is read when it is looked at, and not kept.
-
-    Attributes:
-      dtype: of its elements.
-      shape: its shape.
-      read: gives the array.
-
-    Example:
-      >>> import numpy as np
-      >>> later = Deferred(np.dtype("float32"), (2,), lambda: np.ones(2, np.float32))
-      >>> np.asarray(later).sum(), later[0]
-      (2.0, 1.0)
-    """
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The array; always a copy of what is stored."""
-        array = self.read()
-        return array if dtype is None else array.astype(dtype)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        """A part of the array."""
-        return self.read()[index]
-
-    def __len__(self) -> int:
-        """Length of the first axis."""
-        return self.shape[0]
 
 
 Arrays = Mapping[str, np.ndarray | Deferred]

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdetune.checkpoint.index import INDEX_NAME, SINGLE_NAME, Checkpoint
-from jdetune.checkpoint.stream import Arrays, Deferred, write_tensors
+from jdetune.checkpoint.stream import Arrays, write_tensors
+from jdetune.deferred import Deferred
 from jdetune.errors import OutputError
 
 _PT = {"format": "pt"}

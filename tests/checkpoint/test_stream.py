@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jdetune.checkpoint.stream import Deferred, open_tensors, write_tensors
+from jdetune.checkpoint.stream import open_tensors, write_tensors
+from jdetune.deferred import Deferred
 from jdetune.errors import OutputError
 
 DTYPES = ["bool", "int8", "uint8", "int16", "uint16", "float16", "int32", "uint32", "float32"]
