@@ -2,13 +2,19 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jdetune.checkpoint.index import Checkpoint, read_json
+from jdetune.checkpoint.writer import save_json
 from jdetune.errors import InputError, OutputError
 
 STAGE = ".jdetune"
+#: In the stage: results of what was solved, what they depend on, and what is being put in place.
+SOLVED = "solved"
+_STATE = "state.json"
+_PLACING = "placing.json"
 #: What a recovery leaves in OUT, in the order it is put in place; nothing else is ever removed.
 PRODUCTS = ("base", "adapters", "masks.safetensors", "report.html", "report.json")
 _MAX_NAME = 100
@@ -65,45 +71,105 @@ def check_demo(out: Path, base: Path, overwrite: bool) -> None:
         raise OutputError(f"--out={out}: is no former demo. Choose another folder.")
 
 
-def start_stage(out: Path) -> Path:
-    """An empty OUT/.jdetune to build in."""
+def start_stage(out: Path, state: Mapping[str, Any], overwrite: bool) -> Path:
+    """OUT/.jdetune to build in: what an interrupted run solved stays, if it was the same run.
+
+    Args:
+      out: the output folder.
+      state: what results depend on, as JSON; ``software`` in it may differ, then all starts anew.
+      overwrite: start anew where inputs or options differ.
+
+    Raises:
+      OutputError: OUT cannot be written, or holds an interrupted run of other inputs or options.
+    """
     stage = out / STAGE
+    former = _former_state(stage)
+    different = [key for key in state if former.get(key) != state[key] and key != "software"]
+    if former and different and not overwrite:
+        raise OutputError(
+            f"--out={out}: holds an interrupted run with other {' and '.join(different)}. Give the "
+            "same models and flags to go on, or add --overwrite to start anew."
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if former and former == state:
+            for path in stage.iterdir():
+                if path.name not in (_STATE, SOLVED):
+                    _remove(path)
+            return stage
         _remove(stage)
-        stage.mkdir()
+        (stage / SOLVED).mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"--out={out}: cannot be written ({error}). Check the rights.") from error
+    save_json(stage / _STATE, state)
     return stage
+
+
+def _former_state(stage: Path) -> dict[str, Any]:
+    """State of an interrupted run; empty if there is none."""
+    try:
+        return read_json(stage / _STATE)
+    except InputError:
+        return {}
 
 
 def place(out: Path, stage: Path) -> None:
     """Puts what was built in place of a former output; the report comes last.
 
     The former output is moved aside first and removed at the very end; if a step between fails, it
-    is moved back.
+    is moved back. If the process is killed, ``finish_placing`` goes on.
     """
-    aside = stage / "former"
+    new = [name for name in PRODUCTS if os.path.lexists(stage / name)]
     moved: list[tuple[Path, Path]] = []
+    save_json(stage / _PLACING, {"products": new})
+    try:
+        _move_all(out, stage, new, moved)
+    except BaseException as error:
+        for source, target in reversed(moved):
+            target.rename(source)
+        (stage / _PLACING).unlink()
+        if not isinstance(error, OSError):
+            raise
+        raise OutputError(f"--out={out}: cannot be finished ({error}); see {stage}.") from error
+    _remove_stage(out, stage)
+
+
+def finish_placing(out: Path) -> bool:
+    """Goes on where a run was killed while it put its output in place; whether there was one."""
+    stage = out / STAGE
+    if not (stage / _PLACING).exists():
+        return False
+    try:
+        _move_all(out, stage, read_json(stage / _PLACING)["products"], [])
+    except OSError as error:
+        raise OutputError(f"--out={out}: cannot be finished ({error}); see {stage}.") from error
+    _remove_stage(out, stage)
+    return True
+
+
+def _move_all(out: Path, stage: Path, new: list[str], moved: list[tuple[Path, Path]]) -> None:
+    """Moves former products aside and new ones in place, but for those that are there already."""
+    aside = stage / "former"
+    aside.mkdir(exist_ok=True)
 
     def move(source: Path, target: Path) -> None:
         if os.path.lexists(source):
             source.rename(target)
             moved.append((source, target))
 
-    try:
-        aside.mkdir()
-        for name in reversed(PRODUCTS):
+    for name in reversed(PRODUCTS):
+        if name not in new or os.path.lexists(stage / name):
             move(out / name, aside / name)
-        for name in PRODUCTS:
-            move(stage / name, out / name)
-    except BaseException as error:
-        for source, target in reversed(moved):
-            target.rename(source)
-        if not isinstance(error, OSError):
-            raise
-        raise OutputError(f"--out={out}: cannot be finished ({error}); see {stage}.") from error
+    for name in new:
+        move(stage / name, out / name)
+
+
+def _remove_stage(out: Path, stage: Path) -> None:
+    """Removes the stage, last what says that placing is not finished."""
     try:
+        for path in stage.iterdir():
+            if path.name != _PLACING:
+                _remove(path)
         _remove(stage)
     except OSError as error:
         raise OutputError(f"--out={out}: {stage} cannot be removed ({error}).") from error

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jdetune import outfolder, report
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
 from jdetune.checkpoint.manifest import Plan, make_plan, select
@@ -107,16 +109,21 @@ def _run(
 ) -> dict[str, Any]:
     started, clock = datetime.datetime.now(datetime.UTC), _Clock()
     checkpoints = open_models(models)
+    placed = processes.exchange(processes.first and outfolder.finish_placing(out))[0]
+    if placed:  # all but that was done when the former run was killed
+        done = report.read_report(out)
+        if [e["path"] for e in done["inputs"]] == [str(c.path.resolve()) for c in checkpoints]:
+            return done
     check_out(out, checkpoints, options)
     processes.exchange("checked")
     plan = plan_models(checkpoints, options, progress, processes)
     clock.lap("compare")
     stage = out / outfolder.STAGE
     if processes.first:
-        outfolder.start_stage(out)  # finds out whether OUT can be written before the work
+        outfolder.start_stage(out, _state(plan, options), options.overwrite)
     processes.exchange("stage is there")
     plan, results, repairs = solve_one_base(
-        plan, options, stage / "solved", progress, recover_fn, processes
+        plan, options, stage / outfolder.SOLVED, progress, recover_fn, processes
     )
     clock.lap("recover")
     base, left_out = None, set()
@@ -150,6 +157,19 @@ def _run(
         outfolder.place(out, stage)
     processes.exchange("in place")
     return content
+
+
+def _state(plan: Plan, options: Options) -> dict[str, Any]:
+    """What the results depend on: an interrupted run goes on only where all of it is the same."""
+    import jax
+
+    kept = ("include", "exclude", "masks", "max_memory")
+    return {
+        "models": {"names": [c.name for c in plan.checkpoints], "content": plan.fingerprint},
+        "flags": {"solver": repr(options.solver), **{k: getattr(options, k) for k in kept}},
+        "software": {"jdetune": version(), "jax": jax.__version__, "numpy": np.__version__}
+        | {"device": device_name() if plan.groups else "none"},
+    }
 
 
 class _Clock:

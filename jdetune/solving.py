@@ -112,7 +112,8 @@ def solve(
     """Recovers the planned matrices, one group in memory at a time, but for those already known.
 
     Every process takes its share of the groups. What came of a group is written into ``store``,
-    from where all processes take it in the end.
+    from where all processes take it in the end; what an interrupted run left there is not solved
+    again.
     """
     known = known or {}
     planned = {tensor.name: tensor for tensor in plan.tensors}
@@ -123,8 +124,9 @@ def solve(
     total, done = sum(len(groups[index]) for index in mine), 0
     for index in mine:
         step = None if progress is None else functools.partial(_step, progress, done, total)
-        results, notes = _solve_group(plan, groups[index], options, step, recover_fn)
-        save_results(_group_file(store, index), results, notes)
+        if not _group_file(store, index).exists():
+            results, notes = _solve_group(plan, groups[index], options, step, recover_fn)
+            save_results(_group_file(store, index), results, notes)
         done += len(groups[index])
         if progress is not None:
             progress("recover", done, total)

@@ -1,6 +1,7 @@
 """Compares checkpoints tensor by tensor and plans what to do with each."""
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections import Counter
@@ -55,6 +56,7 @@ class Plan:
       alike: for every model, index of the first one that equals it in every matrix in which the
         models differ; the solver sees each such set once.
       left_out: names of models that do not belong with the others, each with the reason.
+      fingerprint: of every tensor of every model, by content.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -64,6 +66,7 @@ class Plan:
     warnings: tuple[str, ...]
     alike: tuple[int, ...]
     left_out: tuple[tuple[str, str], ...] = ()
+    fingerprint: str = ""
 
     @property
     def solved(self) -> tuple[int, ...]:
@@ -119,7 +122,15 @@ def make_plan(
             plans.append(_plan_tensor(kept, name, [marks[name][i] for i in keep], wanted))
     groups = group_tensors(kept, [p.name for p in plans if p.action == "recover"])
     alike = _first_equal([tuple(marks[name][i] for name in differing) for i in keep])
-    return Plan(kept, duplicates, tuple(plans), groups, _config_warnings(kept), alike)
+    return Plan(
+        checkpoints=kept,
+        duplicates=duplicates,
+        tensors=tuple(plans),
+        groups=groups,
+        warnings=_config_warnings(kept),
+        alike=alike,
+        fingerprint=hashlib.sha256(repr(list(marks.items())).encode()).hexdigest(),
+    )
 
 
 def _plan_one_architecture(

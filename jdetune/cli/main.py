@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         common.write_out(str(text))
         return 0
     except KeyboardInterrupt:
-        common.write_err("jdetune: interrupted; nothing was put in place. Run it again.")
+        common.write_err("jdetune: interrupted; nothing was put in place. Run it again to go on.")
         return _INTERRUPTED
     except JdetuneError as error:
         if "--debug" in argv:
