@@ -9,8 +9,8 @@ from jdetune.checkpoint.index import Checkpoint, read_json
 from jdetune.errors import InputError, OutputError
 
 STAGE = ".jdetune"
-#: What a recovery leaves in OUT, in the order it is put in place; nothing else is ever removed.
-PRODUCTS = ("base", "adapters", "masks.safetensors", "report.html", "report.json")
+#: What jdetune leaves in OUT, in the order it is put in place; nothing else is ever removed.
+PRODUCTS = ("base", "adapters", "merged", "masks.safetensors", "report.html", "report.json")
 _MAX_NAME = 100
 
 

@@ -45,6 +45,8 @@ LAYERS = [
         "report",
         "inspection",
         "verification",
+        "extraction",
+        "merging",
     },
     {"cli", "__main__"},
 ]

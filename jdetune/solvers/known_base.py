@@ -114,7 +114,7 @@ def extract_update(
                 kept = int(ranks[0])
             left = jnp.asarray(b[0, :, :kept], jnp.float32)
             right = jnp.asarray(a[0, :kept], jnp.float32)
-        residual, noise = _residual(stored, weights, left, right)
+        residual, noise = _residual(stored, weights, left, right, dtype)
         values = np.append(np.asarray(pairs.values), 0.0)
         gap = float(values[kept - 1] / max(values[kept], 1e-30)) if kept else float("inf")
         return Update(
@@ -186,10 +186,11 @@ def _refined(
     return balanced_factors(b, eye, jnp.swapaxes(a, 1, 2), ranks)
 
 
-@jax.jit
-def _residual(base: Array, weights: Merged, left: Array, right: Array) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames=("dtype",))
+def _residual(
+    base: Array, weights: Merged, left: Array, right: Array, dtype: jnp.dtype
+) -> tuple[Array, Array]:
     """Rms of what the update leaves over, and of the rounding error."""
-    dtype = jnp.promote_types(linalg.resolve_dtype("auto"), jnp.float32)
     difference = weights.values[0].astype(dtype) - base.astype(dtype)
     rest = difference - linalg.matmul(left.astype(dtype), right.astype(dtype))
     noise = jnp.mean(jnp.square(spacing(weights)[0].astype(dtype))) / 12
