@@ -18,12 +18,19 @@ from jdetune.checkpoint.reader import raw_bytes, read_tensor
 from jdetune.checkpoint.writer import save_json
 from jdetune.damage import find_damage
 from jdetune.errors import InputError, NotOneBaseError
+from jdetune.outcomes import (
+    Outcome,
+    exit_code,
+    input_entry,
+    judge_heads,
+    summary,
+    tensor_entry,
+)
 from jdetune.pipeline import device_name, version
 from jdetune.solvers.known_base import extract_update
 from jdetune.solving import Progress, raw_bits
 from jdetune.status import Status
 
-STATUSES = ("extracted", "identical", "kept_whole", "not_low_rank", "failed", "skipped")
 _FULL = (
     "differs from the base by more than a low-rank update and rounding: another base, full "
     "fine-tuning, quantised or DoRA merges"
@@ -43,27 +50,6 @@ class Options:
     rank: int | float | None = None
     overwrite: bool = False
     command: str = "jdetune.extraction.run"
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What came of one tensor of one model.
-
-    Attributes:
-      name: the tensor's name.
-      status: one of ``STATUSES``.
-      reason: cause and remedy, where it is neither extracted nor identical.
-      code: what the numbers say, None for tensors that were not solved.
-      factors: B and A, if there are any.
-      figures: the report's numbers of this tensor.
-    """
-
-    name: str
-    status: str
-    reason: str | None = None
-    code: Status | None = None
-    factors: tuple[np.ndarray, np.ndarray] | None = None
-    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def run(
@@ -133,10 +119,10 @@ def run(
         ),
         "kind": "extract",
         "base_path": str(known.path.resolve()),
-        "inputs": [_input_entry(m, o, c, m.name in written) for m, o, c in found],
-        "summary": _summary([o for _, o, _ in found], [c for *_, c in found]),
+        "inputs": [input_entry(m, o, c, m.name in written) for m, o, c in found],
+        "summary": summary([o for _, o, _ in found], [c for *_, c in found]),
         "tensors": [
-            _tensor_entry(known, model, outcome)
+            tensor_entry(known, model, outcome)
             for model, outcomes, _ in found
             for outcome in outcomes
         ],
@@ -144,36 +130,6 @@ def run(
     save_json(stage / "report.json", content)
     outfolder.place(out, stage)
     return content
-
-
-def judge_heads(outcomes: Sequence[Outcome], base: Checkpoint) -> list[Outcome]:
-    """Calls a matrix too small to tell low rank from full rank kept, not failed.
-
-    A head of three classes has rank three at most; with updates of rank 16 around it, nothing says
-    whether it was trained whole. That is usual (PEFT's ``modules_to_save``).
-    """
-    top = max((o.figures["rank"] for o in outcomes if o.status == "extracted"), default=0)
-    note = "as small as the updates' ranks allow: trained whole, and kept whole"
-    return [
-        dataclasses.replace(o, status="kept_whole", reason=note)
-        if o.status == "not_low_rank" and min(base.tensors[o.name].shape) <= 2 * top
-        else o
-        for o in outcomes
-    ]
-
-
-def exit_code(outcomes: Sequence[Outcome]) -> int:
-    """0 all good, 5 partial; 3 or 4 where no differing matrix could be extracted.
-
-    Example:
-      >>> exit_code([Outcome("a", "extracted"), Outcome("b", "not_low_rank")])
-      5
-    """
-    bad = [o for o in outcomes if o.status in ("not_low_rank", "failed", "skipped")]
-    codes = [o.code.exit_code for o in bad if o.code is not None]
-    if codes and not any(o.status == "extracted" for o in outcomes):
-        return max(codes)
-    return 5 if bad else 0
 
 
 def _names(base: Checkpoint, model: Checkpoint) -> list[str]:
@@ -249,46 +205,3 @@ def _placed(outcome: Outcome, files: AdapterFiles) -> Outcome:
     if outcome.status == "not_low_rank":
         return dataclasses.replace(outcome, reason=f"{outcome.reason}; its module is kept whole")
     return outcome
-
-
-def _tensor_entry(base: Checkpoint, model: Checkpoint, outcome: Outcome) -> dict[str, Any]:
-    holder = base if outcome.name in base.tensors else model
-    info = holder.tensors[outcome.name]
-    numbers = ("rank", "residual_rms", "noise_rms_expected", "residual_ratio", "rank_gap")
-    numbers += ("detection_floor", "remerge_match", "seconds")
-    return {
-        "model": model.name,
-        "name": outcome.name,
-        "shape": list(info.shape),
-        "dtype": info.dtype,
-        "status": outcome.status,
-        "code": None if outcome.code is None else outcome.code.name,
-        **{key: outcome.figures.get(key) for key in numbers},
-        "reason": outcome.reason,
-    }
-
-
-def _input_entry(
-    model: Checkpoint, outcomes: Sequence[Outcome], code: int, written: bool
-) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "path": str(model.path.resolve()),
-        "dtype": report.main_dtype(model),
-        "exit_code": code,
-        "written": written,
-        "ranks": {o.name: o.figures["rank"] for o in outcomes if o.status == "extracted"},
-    }
-
-
-def _summary(found: Sequence[Sequence[Outcome]], codes: Sequence[int]) -> dict[str, Any]:
-    everything = [outcome for outcomes in found for outcome in outcomes]
-    counts = {status: sum(o.status == status for o in everything) for status in STATUSES}
-    code = codes[0] if len(set(codes)) == 1 else 5
-    return {
-        "tensors": len(everything),
-        **counts,
-        "verdict": {0: "extracted", 5: "partial"}.get(code, "failed"),
-        "base_written": False,
-        "exit_code": code,
-    }

@@ -73,7 +73,7 @@ def test_known_factors_come_back(tmp_path, capsys, dtype):
             again = merge_peft(made.base[name], *found[name])
             assert said["remerge_match"] == np.mean(again == made.models[i][name])
             assert said["remerge_match"] > 0.75
-            assert 0.8 < said["residual_ratio"] < 1.1
+            assert 0.8 < said["residual_ratio"] < (1.3 if dtype == np.float32 else 1.1)
 
 
 def test_vectors_and_heads_are_kept_whole(tmp_path, family, capsys):

@@ -46,6 +46,7 @@ LAYERS = [
         "inspection",
         "verification",
         "extraction",
+        "outcomes",
         "merging",
     },
     {"cli", "__main__"},

@@ -82,18 +82,18 @@ def test_usage(tmp_path, family, capsys):
 
 def test_rules_round_once_twice_and_thrice():
     base = np.array([[1.0]], ml_dtypes.bfloat16)
-    one = np.float32([[1.0]])
+    zero, one = np.zeros((1, 1), ml_dtypes.bfloat16), np.array([[1.0]], np.float32)
     # 1 + 2^-8 is a tie of bfloat16 (spacing 2^-7); the sum lies above it, the rounded update on it
-    up = np.float32([[2.0**-8 * (1 + 2.0**-10)]])
+    up = np.array([[2.0**-8 * (1 + 2.0**-10)]], np.float32)
     assert merge_peft(base, up, one, rounding="R1")[0, 0] == 1 + 2.0**-7
     assert merge_peft(base, up, one, rounding="R2")[0, 0] == 1
     # scaled by 3: rounded before, 3 * 2^-9 exactly; not rounded before, a little more
-    part = np.float32([[2.0**-9 * (1 + 2.0**-9)]])
-    thrice = {rule: merge_peft(base * 0, part, one, 3.0, rounding=rule) for rule in ("R2", "R3")}
+    part = np.array([[2.0**-9 * (1 + 2.0**-9)]], np.float32)
+    thrice = {rule: merge_peft(zero, part, one, 3.0, rounding=rule) for rule in ("R2", "R3")}
     assert thrice["R3"][0, 0] == 3 * 2.0**-9
     assert thrice["R2"][0, 0] == 3 * 2.0**-9
-    part = np.float32([[2.0**-9 * (1 + 2.0**-8 * 0.9)]])
-    thrice = {rule: merge_peft(base * 0, part, one, 1.5, rounding=rule) for rule in ("R2", "R3")}
+    part = np.array([[2.0**-9 * (1 + 2.0**-8 * 0.9)]], np.float32)
+    thrice = {rule: merge_peft(zero, part, one, 1.5, rounding=rule) for rule in ("R2", "R3")}
     assert thrice["R3"][0, 0] == 1.5 * 2.0**-9
     assert thrice["R2"][0, 0] > 1.5 * 2.0**-9
 
