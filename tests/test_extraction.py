@@ -1,6 +1,7 @@
 """Adapters of a known base on disk: what is extracted, kept, refused, and how that is said."""
 
 import json
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -68,7 +69,7 @@ def test_known_factors_come_back(tmp_path, capsys, dtype):
             truth = np.matmul(left.astype(np.float64), right)
             miss = np.matmul(found[name][0].astype(np.float64), found[name][1]) - truth
             # least squares: 0.32; float32 factors add 2^-25 of an update as large as the base
-            limit = 0.5 if dtype == np.float32 else 0.3
+            limit = 0.7 if dtype == np.float32 else 0.3
             assert np.sqrt(np.mean(miss**2)) < limit * said["noise_rms_expected"]
             again = merge_peft(made.base[name], *found[name])
             assert said["remerge_match"] == np.mean(again == made.models[i][name])
@@ -186,3 +187,42 @@ def test_usage_and_protection(tmp_path, family, capsys):
     assert "no base was written" in err
     with pytest.raises(extraction.InputError, match="no model"):
         extraction.run(tmp_path / "base", [], tmp_path / "new")
+
+
+@pytest.mark.interop
+def test_what_peft_merged_is_extracted_loaded_and_merged_again(tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shape = transformers.BertConfig(
+            vocab_size=40,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=16,
+        )
+        model = transformers.BertModel(shape)
+        model.save_pretrained(tmp_path / "base")
+        config = peft.LoraConfig(r=3, target_modules=["query", "word_embeddings"])
+        config.init_lora_weights = False
+        merged = peft.get_peft_model(model, config).merge_and_unload()
+        merged.save_pretrained(tmp_path / "tune-0")
+        assert extract(capsys, tmp_path, tmp_path / "tune-0")[0] == 0
+        base = transformers.AutoModel.from_pretrained(tmp_path / "base")
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapters" / "tune-0")
+        again = loaded.merge_and_unload().state_dict()
+    report = report_of(tmp_path)
+    assert report["summary"]["extracted"] == 3
+    for name, value in merged.state_dict().items():
+        said = entry(report, name)
+        if said["status"] == "identical":
+            assert bool((again[name] == value).all()), name
+        else:
+            assert said["rank"] == 3
+            share = float((again[name] == value).float().mean())
+            # float32 factors of updates a hundred times the weights round by many of their ulps
+            error = (again[name] - value).abs().max() / value.abs().max()
+            assert float(error) < 2.0**-20
+            assert abs(share - said["remerge_match"]) < 0.01

@@ -83,6 +83,13 @@ def test_a_model_cast_down_from_a_wider_base():
     assert extract_update(base, model.astype(ml_dtypes.bfloat16)).rank == 4
 
 
+def test_a_model_merged_in_sixteen_bits_and_saved_in_thirty_two():
+    base, model, _ = merged(ml_dtypes.bfloat16)
+    found = extract_update(base, model.astype(np.float32))
+    assert found.rank == 4
+    assert found.noise_rms == extract_update(base, model).noise_rms
+
+
 def test_arguments_are_checked():
     base, model, _ = merged(np.float32)
     for rank in (0, -1, 1.5, 0.0):
