@@ -58,8 +58,9 @@ def render(report: dict[str, Any], out: str) -> str:
         [
             f"{summary['merged']} matrices merged by {report['rounding']}, {summary['replaced']} "
             f"tensors replaced, {summary['copied']} copied in {report['seconds']:.1f} s",
-            f"bound: the order of sums in another GEMM can change "
-            f"{summary['sensitive_fraction']:.4%} of the merged weights, by {summary['max_ulp']} ulp at most",
+            "bound: the order of sums in another GEMM can change "
+            f"{summary['sensitive_fraction']:.4%} of the merged weights, "
+            f"by {summary['max_ulp']} ulp at most",
             f"merged    {out}/merged",
             f"report    {out}/report.json",
         ]
