@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -84,3 +85,24 @@ def balanced_products(
         return (b * sign).astype(jnp.float32), (a * sign.T).astype(jnp.float32)
 
     return linalg.map_batched(lambda operands: one(*operands), (left, right, ranks), 1)
+
+
+def keep_energy(
+    left: np.ndarray, right: np.ndarray, share: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Balanced factors cut to the fewest columns that hold a share of each update's energy.
+
+    Args:
+      left: B of each update, [model, row, rank].
+      right: A of each update, [model, rank, col].
+      share: of the sum of squared singular values, below 1.
+
+    Returns:
+      The ranks, and B and A with zeros past them.
+    """
+    values = np.sum(np.square(left, dtype=np.float64), axis=1)  # singular values, largest first
+    energy = np.cumsum(values**2, axis=1)
+    below = energy < share * energy[:, -1:]
+    ranks = np.where(energy[:, -1] > 0, below.sum(1) + 1, 0).astype(np.int32)
+    keep = np.arange(left.shape[2]) < ranks[:, None]
+    return ranks, np.where(keep[:, None], left, 0), np.where(keep[:, :, None], right, 0)

@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from jdetune import programs
+from jdetune.factors import keep_energy
 from jdetune.solvers.intersection import SubspaceIntersection
 from jdetune.status import Status
 from jdetune.types import STORAGE_DTYPES
@@ -93,7 +94,7 @@ def finish(
     base = found["base"]
     ranks, left, right = found["ranks"], found["left"], found["right"]
     if isinstance(solver.rank, float):
-        ranks, left, right = _keep_energy(left, right, solver.rank)
+        ranks, left, right = keep_energy(left, right, solver.rank)
     rank = max(int(ranks.max()), 1)
     return LayerResult(
         base=base.astype(STORAGE_DTYPES[found["grid"]]) if solver.polish else base,
@@ -114,15 +115,3 @@ def _is_sane(base: np.ndarray, stack: np.ndarray | Array) -> bool:
 def _largest(array: np.ndarray | Array) -> float:
     """Largest magnitude, without a copy of the array."""
     return float(max(array.max(), -array.min()))
-
-
-def _keep_energy(
-    left: np.ndarray, right: np.ndarray, share: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Balanced factors cut to the fewest columns that hold a share of each update's energy."""
-    values = np.sum(np.square(left, dtype=np.float64), axis=1)  # singular values, largest first
-    energy = np.cumsum(values**2, axis=1)
-    below = energy < share * energy[:, -1:]
-    ranks = np.where(energy[:, -1] > 0, below.sum(1) + 1, 0).astype(np.int32)
-    keep = np.arange(left.shape[2]) < ranks[:, None]
-    return ranks, np.where(keep[:, None], left, 0), np.where(keep[:, :, None], right, 0)

@@ -15,8 +15,8 @@ STAGE = ".jdetune"
 SOLVED = "solved"
 _STATE = "state.json"
 _PLACING = "placing.json"
-#: What a recovery leaves in OUT, in the order it is put in place; nothing else is ever removed.
-PRODUCTS = ("base", "adapters", "masks.safetensors", "report.html", "report.json")
+#: What jdetune leaves in OUT, in the order it is put in place; nothing else is ever removed.
+PRODUCTS = ("base", "adapters", "merged", "masks.safetensors", "report.html", "report.json")
 _MAX_NAME = 100
 
 
@@ -71,12 +71,13 @@ def check_demo(out: Path, base: Path, overwrite: bool) -> None:
         raise OutputError(f"--out={out}: is no former demo. Choose another folder.")
 
 
-def start_stage(out: Path, state: Mapping[str, Any], overwrite: bool) -> Path:
+def start_stage(out: Path, state: Mapping[str, Any] | None = None, overwrite: bool = False) -> Path:
     """OUT/.jdetune to build in: what an interrupted run solved stays, if it was the same run.
 
     Args:
       out: the output folder.
       state: what results depend on, as JSON; ``software`` in it may differ, then all starts anew.
+        None for work that cannot go on.
       overwrite: start anew where inputs or options differ.
 
     Raises:
@@ -84,7 +85,8 @@ def start_stage(out: Path, state: Mapping[str, Any], overwrite: bool) -> Path:
     """
     stage = out / STAGE
     former = _former_state(stage)
-    different = [key for key in state if former.get(key) != state[key] and key != "software"]
+    wanted = state or {}
+    different = [key for key in former if former[key] != wanted.get(key) and key != "software"]
     if former and different and not overwrite:
         raise OutputError(
             f"--out={out}: holds an interrupted run with other {' and '.join(different)}. Give the "
@@ -101,7 +103,8 @@ def start_stage(out: Path, state: Mapping[str, Any], overwrite: bool) -> Path:
         (stage / SOLVED).mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"--out={out}: cannot be written ({error}). Check the rights.") from error
-    save_json(stage / _STATE, state)
+    if state is not None:
+        save_json(stage / _STATE, state)
     return stage
 
 

@@ -45,6 +45,9 @@ LAYERS = [
         "report",
         "inspection",
         "verification",
+        "extraction",
+        "outcomes",
+        "merging",
     },
     {"cli", "__main__"},
 ]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,13 @@ def merge_peft(
     right: np.ndarray,
     scaling: float = 1.0,
     dtype: np.dtype | None = None,
+    rounding: str = "R1",
+    product: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.matmul,
 ) -> np.ndarray:
     r"""Merges by PEFT's default rule, :math:`RN_t(fl_{32}(W + fl_{32}(s \cdot fl_{32}(BA))))`.
+
+    R2 rounds the update to t before it is added (``safe_merge=True``), R3 the product BA as well
+    (16-bit adapters on a GPU).
 
     Args:
       base: W, [row, col].
@@ -110,16 +115,25 @@ def merge_peft(
       right: A, [rank, col].
       scaling: s.
       dtype: t; the base's own if None.
+      rounding: rule of the merge, R1 to R3 (``jdetune.noise.ROUNDINGS``).
+      product: float32 matrix product; another sums in another order.
 
     Returns:
-      Merged weights in dtype t.
+      Merged weights in dtype t; infinite where they overflow it.
 
     Example:
       >>> merge_peft(np.float16([[1.0]]), np.float32([[0.5]]), np.float32([[2.0]]), 0.5)
       array([[1.5]], dtype=float16)
     """
-    update = np.float32(scaling) * (left.astype(np.float32) @ right.astype(np.float32))
-    return (base.astype(np.float32) + update).astype(base.dtype if dtype is None else dtype)
+    kind = base.dtype if dtype is None else dtype
+    update = product(left.astype(np.float32), right.astype(np.float32))
+    with np.errstate(over="ignore"):
+        if rounding == "R3":
+            update = update.astype(kind).astype(np.float32)
+        update = np.float32(scaling) * update
+        if rounding in ("R2", "R3"):
+            update = update.astype(kind).astype(np.float32)
+        return (base.astype(np.float32) + update).astype(kind)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -145,6 +159,11 @@ def _update(
     if pair is None:
         raise InputError(f"{path}: module {module} has only one of its factors. Copy it again.")
     down, up = pair  # [rank, in], [out, rank]
+    if down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1]:
+        raise InputError(
+            f"{path}: factors of {module} have shapes {down.shape} and {up.shape}, not [rank, in] "
+            "and [out, rank]. LoRA on convolutions cannot be read."
+        )
     rank = down.shape[0]
     alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -28,19 +28,20 @@ tags:
 
 # {name}
 
-LoRA factors that jdetune took out of a merged model. Load them on the recovered base:
+LoRA factors that jdetune took out of a merged model. Load them on {which}:
 
 ```python
 from peft import PeftModel
 from transformers import {auto}
 
-base = {auto}.from_pretrained("PATH/base")
+base = {auto}.from_pretrained("{where}")
 model = PeftModel.from_pretrained(base, "PATH/adapters/{name}")
 ```
 
 {n_layers} layers, ranks {low} to {high}. The scale of LoRA cannot be known from merged weights, so
-`lora_alpha` equals the rank in every layer. What all models had in common is part of the base.
+`lora_alpha` equals the rank in every layer.{shared}
 """
+_RECOVERED_BASE = "../../base"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def write_adapter(
     factors: Factors,
     checkpoint: Checkpoint,
     per_model: tuple[str, ...] = (),
-    base: str = "../../base",
+    base: str = _RECOVERED_BASE,
 ) -> AdapterFiles:
     """Writes one model's adapter.
 
@@ -167,6 +168,15 @@ def _card(name: str, ranks: Mapping[str, int], base: str, config: Mapping[str, A
         "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     }.get(layout.task_type(config) or "", "AutoModel")
     values = list(ranks.values()) or [0]
+    recovered = base == _RECOVERED_BASE
     return _CARD.format(
-        base=base, name=name, auto=auto, n_layers=len(ranks), low=min(values), high=max(values)
+        base=base,
+        name=name,
+        auto=auto,
+        n_layers=len(ranks),
+        low=min(values),
+        high=max(values),
+        which="the recovered base" if recovered else "the base that it was compared with",
+        where="PATH/base" if recovered else base,
+        shared=" What all models had in common is part of the base." if recovered else "",
     )

@@ -8,7 +8,7 @@ from jdetune.checkpoint.index import Checkpoint
 
 PREFIX = "base_model.model."
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
+CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 _EMBEDDING_LEAVES = ("wte", "wpe", "shared")
 _NOT_EMBEDDINGS = ("embed_out",)
 _TASKS = {
@@ -63,7 +63,7 @@ def kind_of(module: str, config: Mapping[str, Any]) -> Kind:
       (<Kind.EMBEDDING: 'embedding'>, <Kind.CONV1D: 'conv1d'>)
     """
     leaf = leaf_of(module)
-    if uses_conv1d(config) and leaf in _CONV1D_LEAVES:
+    if uses_conv1d(config) and leaf in CONV1D:
         return Kind.CONV1D
     named = "embed" in leaf and "proj" not in leaf and leaf not in _NOT_EMBEDDINGS
     return Kind.EMBEDDING if named or leaf in _EMBEDDING_LEAVES else Kind.LINEAR

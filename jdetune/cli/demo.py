@@ -46,9 +46,8 @@ def main(argv: Sequence[str]) -> int:
     outfolder.check_demo(out, base, command["overwrite"])
     talk = (lambda _: None) if command["quiet"] or command["json"] else common.write_out
     talk(f"base      all-MiniLM-L6-v2 ({base})")
-    outfolder.start_stage(
-        out / "recovered", {}, overwrite=True
-    )  # marks the folder as a demo's from the start
+    # marks the folder as a demo's from the start
+    outfolder.start_stage(out / "recovered", overwrite=True)
     models = demo_data.write_merged(base, out / "models")
     talk(f"models    {len(models)} fine-tunes merged into it: {out}/models/00 to 04")
     with common.progress_bar(command["quiet"]) as progress:

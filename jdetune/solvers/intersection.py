@@ -163,40 +163,61 @@ def factor_pairs(
     def factor(pair: tuple[Array, Array]) -> PairFactors:
         first, second = (jax.tree.map(lambda part, m=m: part[m], models) for m in pair)
         difference = first.values.astype(dtype) - second.values.astype(dtype)
-        difference = difference / scales.row[:, None] / scales.col
-        basis = linalg.orthonormalize(linalg.long_matmul(difference, sketch))
-        right = linalg.orthonormalize(linalg.long_matmul(difference.T, basis))
-        image = linalg.long_matmul(difference, right)
-        basis = linalg.orthonormalize(image)
-        left, values, turn = linalg.svd_square(linalg.matmul(basis.T, image))
         variance = jnp.square(ulp(*first).astype(dtype)) + jnp.square(ulp(*second).astype(dtype))
-        variance = variance / 12 / jnp.square(scales.row)[:, None] / jnp.square(scales.col)
-        variance = variance + MERGE_ARITHMETIC * jnp.square(difference)
-        edge = pair_edge(variance)
-        left, right = linalg.matmul(basis, left), linalg.matmul(right, turn)
-        if dtype == jnp.float32:
-            edge = edge + values[0] * jnp.finfo(dtype).eps * 2
-        noise = jnp.maximum(jnp.sum(variance), jnp.finfo(dtype).tiny)
-        total = jnp.sum(jnp.square(difference))
-        if dtype == jnp.float64:  # in float32 a difference of squares would leave nothing
-            edge = edge * _excess(values, edge, total, noise, difference.shape)
-        signal = values > edge
-        kept = jnp.where(signal, values, 0)
-        if dtype == jnp.float32:
-            tail = jnp.sum(jnp.square(difference - linalg.matmul(left * kept, right.T)))
-        else:
-            tail = total - jnp.sum(jnp.square(kept))
-        return PairFactors(
-            left=left,
-            values=values,
-            right=right,
-            ranks=jnp.sum(signal, dtype=jnp.int32),
-            edge=edge,
-            tail_ratio=jnp.sqrt(jnp.maximum(tail, 0) / noise),
-        )
+        return factor_difference(difference, variance / 12, scales, sketch)
 
     pairs = (jnp.asarray(plan.first), jnp.asarray(plan.second))
     return linalg.map_batched(factor, pairs, batch_size), scales
+
+
+def factor_difference(
+    difference: Float[Array, "row col"],
+    variance: Float[Array, "row col"],
+    scales: Scales,
+    sketch: Float[Array, "col width"],
+) -> PairFactors:
+    """Singular triplets of one difference, by a sketch and one power step.
+
+    Args:
+      difference: of two models, or of a model and its base.
+      variance: of its rounding error.
+      scales: what it is whitened with.
+      sketch: signs, as wide as the factors shall be.
+
+    Returns:
+      Factors of the whitened difference, without the pair axis.
+    """
+    dtype = difference.dtype
+    difference = difference / scales.row[:, None] / scales.col
+    basis = linalg.orthonormalize(linalg.long_matmul(difference, sketch))
+    right = linalg.orthonormalize(linalg.long_matmul(difference.T, basis))
+    image = linalg.long_matmul(difference, right)
+    basis = linalg.orthonormalize(image)
+    left, values, turn = linalg.svd_square(linalg.matmul(basis.T, image))
+    variance = variance / jnp.square(scales.row)[:, None] / jnp.square(scales.col)
+    variance = variance + MERGE_ARITHMETIC * jnp.square(difference)
+    edge = pair_edge(variance)
+    left, right = linalg.matmul(basis, left), linalg.matmul(right, turn)
+    if dtype == jnp.float32:
+        edge = edge + values[0] * jnp.finfo(dtype).eps * 2
+    noise = jnp.maximum(jnp.sum(variance), jnp.finfo(dtype).tiny)
+    total = jnp.sum(jnp.square(difference))
+    if dtype == jnp.float64:  # in float32 a difference of squares would leave nothing
+        edge = edge * _excess(values, edge, total, noise, difference.shape)
+    signal = values > edge
+    kept = jnp.where(signal, values, 0)
+    if dtype == jnp.float32:
+        tail = jnp.sum(jnp.square(difference - linalg.matmul(left * kept, right.T)))
+    else:
+        tail = total - jnp.sum(jnp.square(kept))
+    return PairFactors(
+        left=left,
+        values=values,
+        right=right,
+        ranks=jnp.sum(signal, dtype=jnp.int32),
+        edge=edge,
+        tail_ratio=jnp.sqrt(jnp.maximum(tail, 0) / noise),
+    )
 
 
 def _excess(
