@@ -22,6 +22,7 @@ from jdetune.solving import (
     Progress,
     RecoverFn,
     default_recover,
+    group_bytes,
     left_out_of,
     solve_one_base,
 )
@@ -60,7 +61,7 @@ def plan_models(
     """Compares the models; raises InputError where fewer than three distinct ones are left."""
     wanted = select(options.include, options.exclude)
     step = None if progress is None else lambda done, total: progress("compare", done, total)
-    plan = make_plan(checkpoints, wanted, step, processes)
+    plan = make_plan(checkpoints, wanted, step, processes, group_bytes(options))
     if len(plan.solved) < 3:
         same = [f"{name} equals {twin}" for name, twin in plan.duplicates]
         same += [f"{name} equals {twin} in every matrix" for name, twin in _near_twins(plan)]

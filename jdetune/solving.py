@@ -5,7 +5,9 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 
 from jdetune import explain
 from jdetune.checkpoint.adapter_reader import merge_peft
-from jdetune.checkpoint.manifest import Plan, TensorPlan, make_plan, read_stack, select
+from jdetune.checkpoint.manifest import GROUP_BYTES, Plan, TensorPlan, make_plan, read_stack, select
 from jdetune.checkpoint.reader import raw_bytes
 from jdetune.checkpoint.stacks import factors_of
 from jdetune.distributed import ALONE, Processes
@@ -53,6 +55,13 @@ class Options:
     command: str = "jdetune.pipeline.run"
 
 
+def group_bytes(options: Options) -> int:
+    """Size of a group of matrices: one is solved, one is read ahead, one's results are written."""
+    if options.max_memory is None:
+        return GROUP_BYTES
+    return min(GROUP_BYTES, options.max_memory // 4)
+
+
 def solve_one_base(
     plan: Plan,
     options: Options,
@@ -85,7 +94,12 @@ def solve_one_base(
     # the base is written like the first model that has it, and votes are taken without strangers
     places = [i for i, c in enumerate(plan.checkpoints) if c.name not in strangers]
     wanted = select(options.include, options.exclude)
-    rest = make_plan([plan.checkpoints[i] for i in places], wanted, processes=processes)
+    rest = make_plan(
+        [plan.checkpoints[i] for i in places],
+        wanted,
+        processes=processes,
+        group_bytes=group_bytes(options),
+    )
     good = [r for r in results if r.recovery is not None and r.status == "recovered"]
     known = {r.plan.name: _of_models(r, places) for r in good}
     results, notes = solve(rest, options, store / "rest", progress, recover_fn, known, processes)
@@ -121,12 +135,13 @@ def solve(
     groups = list(filter(None, groups))
     store.mkdir(parents=True, exist_ok=True)
     mine = processes.share([sum(math.prod(planned[n].shape) for n in group) for group in groups])
-    total, done = sum(len(groups[index]) for index in mine), 0
-    for index in mine:
+    total = sum(len(groups[index]) for index in mine)
+    todo = [index for index in mine if not _group_file(store, index).exists()]
+    done = total - sum(len(groups[index]) for index in todo)
+    for index, stacks in _read_ahead(plan, todo, groups):
         step = None if progress is None else functools.partial(_step, progress, done, total)
-        if not _group_file(store, index).exists():
-            results, notes = _solve_group(plan, groups[index], options, step, recover_fn)
-            save_results(_group_file(store, index), results, notes)
+        results, notes = _solve_group(plan, stacks, options, step, recover_fn)
+        save_results(_group_file(store, index), results, notes)
         done += len(groups[index])
         if progress is not None:
             progress("recover", done, total)
@@ -145,6 +160,24 @@ def solve(
     return results, notes
 
 
+def _read_ahead(
+    plan: Plan, indices: Sequence[int], groups: Sequence[Sequence[str]]
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Stacks of the groups in order; the next group is read while one is worked on."""
+    seen = [plan.checkpoints[i] for i in plan.solved]
+
+    def read(index: int) -> dict[str, np.ndarray]:
+        return {name: read_stack(seen, name) for name in groups[index]}
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = deque([reader.submit(read, index) for index in indices[:1]])
+        for place, index in enumerate(indices):
+            stacks = ahead.popleft().result()
+            ahead.extend(reader.submit(read, after) for after in indices[place + 1 : place + 2])
+            yield index, stacks
+            del stacks
+
+
 def _group_file(store: Path, index: int) -> Path:
     return store / f"group-{index:05d}.safetensors"
 
@@ -155,7 +188,7 @@ def _step(progress: Progress, before: int, total: int, done: int, _: int) -> Non
 
 def _solve_group(
     plan: Plan,
-    group: Sequence[str],
+    stacks: Mapping[str, np.ndarray],
     options: Options,
     step: Callable[[int, int], None] | None,
     recover_fn: RecoverFn | None,
@@ -163,18 +196,16 @@ def _solve_group(
     """Results and repairs of matrices of one shape."""
     recover = recover_fn or functools.partial(default_recover, max_memory=options.max_memory)
     planned = {tensor.name: tensor for tensor in plan.tensors}
-    seen = [plan.checkpoints[i] for i in plan.solved]
     rows = [plan.solved.index(i) for i in plan.alike]
     names = [c.name for c in plan.checkpoints]
-    stacks = {name: read_stack(seen, name) for name in group}
     clock = time.monotonic()
     try:
         found = recover(stacks, solver=options.solver, progress=step)
     except ValueError as error:
-        raise InputError(f"{group[0]} ({len(group)} of its shape): {error}") from error
-    seconds = (time.monotonic() - clock) / len(group)
+        raise InputError(f"{next(iter(stacks))} ({len(stacks)} of its shape): {error}") from error
+    seconds = (time.monotonic() - clock) / len(stacks)
     results, notes = {}, []
-    for name in group:
+    for name in stacks:
         host = _of_all_models(_to_host(found[name]), rows)
         stack, groups_ = stacks[name][rows], _base_groups(host)
         code = Status(int(host.status))

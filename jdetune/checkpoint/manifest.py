@@ -97,6 +97,7 @@ def make_plan(
     wanted: Callable[[str], bool] = lambda name: True,
     progress: Callable[[int, int], None] | None = None,
     processes: Processes = ALONE,
+    group_bytes: int = GROUP_BYTES,
 ) -> Plan:
     """Compares the models' bytes and decides what happens to every tensor.
 
@@ -105,13 +106,14 @@ def make_plan(
       wanted: which differing matrices to recover; the others are skipped.
       progress: called with the tensors compared so far and their number.
       processes: who compares along; each reads its share of the tensors.
+      group_bytes: size of a group of matrices at most, all models together.
 
     Raises:
       NotOneBaseError: nothing in common.
     """
     names = list(dict.fromkeys(name for c in checkpoints for name in c.tensors))
     if not any(is_common(checkpoints, name) for name in names):
-        return _plan_one_architecture(checkpoints, wanted, progress, processes)
+        return _plan_one_architecture(checkpoints, wanted, progress, processes, group_bytes)
     marks = _all_marks(checkpoints, names, progress, processes)
     keep, duplicates = _distinct(checkpoints, marks)
     differing = [name for name in names if _is_differing(checkpoints, name, marks[name])]
@@ -120,7 +122,7 @@ def make_plan(
     for name in names:
         if any(name in c.tensors for c in kept):
             plans.append(_plan_tensor(kept, name, [marks[name][i] for i in keep], wanted))
-    groups = group_tensors(kept, [p.name for p in plans if p.action == "recover"])
+    groups = group_tensors(kept, [p.name for p in plans if p.action == "recover"], group_bytes)
     alike = _first_equal([tuple(marks[name][i] for name in differing) for i in keep])
     return Plan(
         checkpoints=kept,
@@ -138,12 +140,15 @@ def _plan_one_architecture(
     wanted: Callable[[str], bool],
     progress: Callable[[int, int], None] | None,
     processes: Processes,
+    group_bytes: int,
 ) -> Plan:
     """The plan without single models of another architecture, where three others remain."""
     groups = group_by_architecture(checkpoints)
     large = [group for group in groups if len(group) > 1]
     if len(groups) > 1 and len(large) == 1 and len(large[0]) >= 3:
-        plan = make_plan([checkpoints[i] for i in large[0]], wanted, progress, processes)
+        plan = make_plan(
+            [checkpoints[i] for i in large[0]], wanted, progress, processes, group_bytes
+        )
         others = [c.name for i, c in enumerate(checkpoints) if i not in large[0]]
         first = plan.checkpoints[0].name
         reasons = [

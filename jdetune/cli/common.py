@@ -256,14 +256,15 @@ def parse_size(text: str | None, flag: str) -> int | None:
     """Bytes of a size in words, the inverse of ``size``; None stays None.
 
     Example:
-      >>> parse_size("1.5GB", "--max_memory"), parse_size("800 MB", "--max_memory")
-      (1500000000, 800000000)
+      >>> parse_size("1.5GB", "--max_memory"), parse_size("800 MiB", "--max_memory")
+      (1500000000, 838860800)
     """
     if text is None:
         return None
     units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
     words = text.strip().upper()
-    digits = words.rstrip("BKMGT ")
+    digits = words.rstrip("BIKMGT ")
     unit = words[len(digits) :].strip() or "B"
     try:
         value = int(float(digits) * units[unit])
