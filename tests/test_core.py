@@ -114,7 +114,7 @@ def both_spaces(stack, rank, steps, schedule, seed=0):
     omegas = rng.standard_normal((steps, n, min(row, col), rank))
     found = []
     for space in ("core", "full"):
-        solver = SpectralDeTuning(rank, steps, schedule, space, "float64")
+        solver = SpectralDeTuning(rank, steps, schedule, space, "float64", exact_every=1)
         with linalg.scope(FLOAT64):
 
             def run(stack, omegas, solver=solver):

@@ -27,6 +27,9 @@ Differs from the authors' code:
 5. The Gaussian numbers are JAX's; those of one step and model are the same in all layers, so a
    layer's result does not depend on which layers run beside it.
 6. The rank of the first step may not exceed the end rank.
+7. In core space, layers that have been at the end rank for 40 steps are truncated from a new sketch
+   only every ``exact_every`` steps and in the last one; the steps between are warm: one subspace
+   step from the factors before. ``exact_every=1`` leaves that out.
 """
 
 import dataclasses
@@ -57,6 +60,8 @@ class SpectralDeTuning:
       precision: dtype of the iteration. ``auto`` is, in core space, float64 where the hardware has
         it and float32 on TPU; in full space float32.
       seed: of the sketches.
+      exact_every: steps from one truncation with a new sketch to the next, in core space and once
+        a layer has settled at the end rank; 1 is as published, which full space always is.
 
     Example:
       >>> SpectralDeTuning(rank=16).steps
@@ -69,6 +74,7 @@ class SpectralDeTuning:
     space: Literal["core", "full"] = "full"
     precision: linalg.Precision = "auto"
     seed: int = 0
+    exact_every: int = 10
 
     def __post_init__(self) -> None:
         """Refuses values that no run can have."""
@@ -81,6 +87,8 @@ class SpectralDeTuning:
             )
         if self.space not in ("core", "full"):
             raise ValueError(f"space is core or full, got {self.space!r}")
+        if self.exact_every < 1:
+            raise ValueError(f"exact_every must be at least 1, got {self.exact_every}")
         linalg.resolve_dtype(self.precision)
 
     @property
@@ -157,7 +165,8 @@ def solve(
         raise ValueError(f"rank {solver.rank} exceeds the smaller side of [{row}, {col}]")
     with linalg.scope(solver.dtype):
         stack = jnp.asarray(stack)
-        plan = Plan(solver.rank, solver.steps, solver.schedule, row * col, row < col)
+        every = 1 if solver.space == "full" else solver.exact_every
+        plan = Plan(solver.rank, solver.steps, solver.schedule, row * col, row < col, every)
         if solver.space == "full":
             found = _solve_full(stack, solver, plan, draw)
         else:

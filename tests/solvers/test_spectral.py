@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from jdetune import linalg, synth
 from jdetune.rank_schedule import RankSchedule
-from jdetune.solvers import alternation, spectral
+from jdetune.solvers import spectral, truncation
 from jdetune.solvers.spectral import SpectralDeTuning
 from tests import real, reference
 from tests.solvers import reference_spectral
@@ -116,9 +116,9 @@ def test_truncation_is_that_of_a_matrix_of_that_rank():
     a = jnp.asarray(rng.standard_normal((9, 4)) @ rng.standard_normal((4, 12)), jnp.float32)
     for transposed, side in ((False, 12), (True, 9)):
         sketch = jnp.asarray(rng.standard_normal((side, 6)), jnp.float32)
-        left, right = alternation.truncate(a, sketch, jnp.arange(6) < 4, transposed)
+        left, right = truncation.truncate(a, sketch, jnp.arange(6) < 4, transposed)
         np.testing.assert_allclose(left @ right.T, a, atol=1e-5)
-        left, right = alternation.truncate(a, sketch, jnp.arange(6) < 2, transposed)
+        left, right = truncation.truncate(a, sketch, jnp.arange(6) < 2, transposed)
         assert np.linalg.matrix_rank(np.asarray(left @ right.T)) == 2
 
 
@@ -222,6 +222,7 @@ def test_impossible_runs_are_refused():
         ({"rank": 2, "steps": 0}, "steps"),
         ({"rank": 2, "space": "half"}, "space"),
         ({"rank": 2, "precision": "float8"}, "precision"),
+        ({"rank": 2, "exact_every": 0}, "exact_every"),
     ):
         # beartype, on in tests only, is faster with a TypeError where the annotation says it all.
         with pytest.raises((ValueError, TypeError), match=match):
