@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -21,6 +22,7 @@ from jdetune.sharding import layer_mesh, put
 from jdetune.solvers import rowspace
 from jdetune.solvers.intersection import SubspaceIntersection
 from jdetune.stack import storage_dtypes
+from jdetune.staging import Staging
 from jdetune.status import Status
 from jdetune.types import STORAGE_DTYPES
 
@@ -85,7 +87,7 @@ def intersect_group(
     group = _Group(solver, names, dtype, min(shape), sizes.batch_size, mesh)
     widths = _Widths(_first_rank(layers[0], group), min(FIRST_WIDTH, min(shape)))
     some = list(chunks(len(layers), sizes.layers))
-    solve = functools.partial(_solve_chunk, group)
+    solve = functools.partial(_solve_chunk, group, Staging())
     if len(some) >= FEW:  # the first tells the others the sizes
         results, widths = solve([layers[index] for index in some[0]], widths)
         yield from results[: len(set(some.pop(0)))]
@@ -102,10 +104,12 @@ def intersect_group(
 
 
 def _solve_chunk(
-    group: _Group, stacks: Sequence[np.ndarray | Array], widths: _Widths
+    group: _Group, staging: Staging, stacks: Sequence[np.ndarray | Array], widths: _Widths
 ) -> tuple[list[LayerResult], _Widths]:
     """Results of layers that are worked on together, and the sizes that were enough."""
-    if len(stacks) == 1:
+    if group.mesh is None and jax.default_backend() == "cpu" and isinstance(stacks[0], np.ndarray):
+        stack = staging.fill([np.asarray(one) for one in stacks])
+    elif len(stacks) == 1:
         stack = stacks[0][None]
     else:
         stack = (np if isinstance(stacks[0], np.ndarray) else jnp).stack(stacks)
@@ -144,7 +148,8 @@ def _rank_step(rank: int, group: _Group) -> int:
 def _short_way(weights: Merged, rank: int, group: _Group) -> tuple[dict[str, Any], bool, int]:
     """Row spaces and least squares, with a larger rank axis where the first was too small."""
     while True:
-        found = programs.row_spaces(weights, rank, group.batch_size, group.mesh)
+        finest = None if group.solver.polish else group.finest
+        found = programs.row_spaces(weights, rank, group.batch_size, group.mesh, finest)
         if bool(jnp.all(found["clear"])):
             return found, True, rank
         pairs, ranks = int(jnp.max(found["pair_ranks"])), int(jnp.max(found["ranks"]))
@@ -162,6 +167,8 @@ def _to_host(found: dict[str, Any], weights: Merged, group: _Group) -> list[dict
         start = {name: found[name] for name in programs.START}
         mixed = len(set(group.names)) > 1
         ready = programs.polish(weights, start, group.solver, group.finest, mixed, group.mesh)
+    elif found["left"].dtype == jnp.float32:  # ready as they are
+        ready = {name: found[name] for name in ("base", "left", "right")}
     else:
         start = {name: found[name] for name in ("base", "left", "right", "ranks")}
         ready = programs.unpolished(start, group.finest, group.mesh)

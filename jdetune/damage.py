@@ -54,7 +54,12 @@ def finite_models(stack: Float[Array, "model row col"]) -> Bool[np.ndarray, " mo
       >>> finite_models(np.array([[[1.0]], [[np.inf]]], np.float32)).tolist()
       [True, False]
     """
-    return np.array([np.isfinite(np.asarray(model, np.float32)).all() for model in stack])
+    return np.array([_is_finite(np.asarray(model, np.float32)) for model in stack])
+
+
+def _is_finite(model: Float[np.ndarray, "row col"]) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):  # the sum of squares takes half the time
+        return bool(np.isfinite(np.vdot(model, model)) or np.isfinite(model).all())
 
 
 def find_damage(model: Float[Array, "row col"]) -> Damage:

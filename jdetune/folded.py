@@ -23,17 +23,23 @@ def guess_pair_rank(first: np.ndarray, second: np.ndarray) -> int:
       >>> guess_pair_rank(base + left @ right.T, base)
       6
     """
-    difference = np.asarray(first, np.float32) - np.asarray(second, np.float32)
-    small = _fold(_fold(difference).T).astype(np.float64)
-    values = np.linalg.eigvalsh(small @ small.T)[::-1]
+    row, col = first.shape
+    down, across = (_signs(side) for side in (row, col))
+    short = min(FOLDED, row)
+    tall = np.zeros((short, col), np.float32)
+    for start in range(0, row, short):
+        block = slice(start, start + short)
+        part = np.asarray(first[block], np.float32) - np.asarray(second[block], np.float32)
+        tall[: len(part)] += part * down[block, None]
+    narrow = min(FOLDED, col)
+    small = np.zeros((short, narrow), np.float64)
+    for start in range(0, col, narrow):
+        block = slice(start, start + narrow)
+        small[:, : len(across[block])] += tall[:, block] * across[block]
+    values = np.linalg.eigvalsh(np.matmul(small, small.T))[::-1]
     gaps = values[:-1] / np.maximum(values[1:], 1e-14 * values[0] + 1e-60)
     return int(np.argmax(gaps)) + 1 if len(gaps) else 0
 
 
-def _fold(matrix: np.ndarray) -> np.ndarray:
-    """Rows added up with random signs until few are left: the rank stays, if it is below them."""
-    count = len(matrix)
-    short = min(FOLDED, count)
-    signs = 1 - 2 * np.random.default_rng(0).integers(0, 2, (count, 1)).astype(np.float32)
-    padded = np.pad(matrix * signs, ((0, -count % short), (0, 0)))
-    return padded.reshape(-1, short, matrix.shape[1]).sum(axis=0)
+def _signs(count: int) -> np.ndarray:
+    return 1 - 2 * np.random.default_rng(0).integers(0, 2, count).astype(np.float32)

@@ -109,7 +109,8 @@ def finish(
 
 def _is_sane(base: np.ndarray, stack: np.ndarray | Array) -> bool:
     """Whether the base is of the size of the models, not one that huge updates cancel."""
-    return _largest(base) <= LARGER * _largest(stack)
+    largest = _largest(base)
+    return any(largest <= LARGER * _largest(model) for model in stack)
 
 
 def _largest(array: np.ndarray | Array) -> float:

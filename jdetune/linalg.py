@@ -35,6 +35,16 @@ def _one_at_a_time(function: Callable[[Array], tuple[Array, ...]]):
 _eigh = _one_at_a_time(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
 _qr = _one_at_a_time(lambda matrix: tuple(jnp.linalg.qr(matrix)))
 
+
+def _by_cholesky(matrix: Array) -> tuple[Array, ...]:
+    lower, eye = jnp.linalg.cholesky(matrix), jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    eye = jnp.broadcast_to(eye, matrix.shape)
+    root = lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+    return (contract("...ki,...kj->...ij", root, root),)
+
+
+_definite = _one_at_a_time(_by_cholesky)
+
 #: Blocks that a long float32 product is split into, so that rounding grows with the block.
 FLOAT32_BLOCKS = 16
 
@@ -169,6 +179,11 @@ def inverse_psd(symmetric: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
     safe = jnp.where(values > floor, values, 1)
     weights = jnp.where(values > floor, 1 / safe, 0)
     return contract("...ik,...k,...jk->...ij", vectors, weights, vectors)
+
+
+def inverse_definite(symmetric: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
+    """Inverse of a positive definite matrix, by Cholesky; NaN where it is not definite."""
+    return _definite(symmetric)[0]
 
 
 def map_batched(function: Callable, operands, batch_size: int):

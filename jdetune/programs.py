@@ -57,16 +57,24 @@ def factor(
     return over_layers(run, mesh, weights)
 
 
-@functools.partial(jax.jit, static_argnames=("max_rank", "batch_size", "mesh"))
+@functools.partial(jax.jit, static_argnames=("max_rank", "batch_size", "mesh", "finest"))
 def row_spaces(
-    weights: Merged, max_rank: int, batch_size: int, mesh: Mesh | None = None
+    weights: Merged,
+    max_rank: int,
+    batch_size: int,
+    mesh: Mesh | None = None,
+    finest: str | None = None,
 ) -> dict[str, Array]:
-    """Base and updates of every layer by the short way; valid where ``clear``."""
+    """Base and updates of every layer by the short way; valid where ``clear``.
+
+    With ``finest`` they are as ``unpolished`` gives them; else what ``polish`` starts from.
+    """
 
     def one(weights: Merged) -> dict[str, Array]:
         found = rowspace.solve_layer(weights, max_rank, batch_size)
         nothing = jnp.zeros((), bool)
-        return found._asdict() | {
+        ready = {} if finest is None else _returned(*found[:4], finest)
+        return found._asdict() | ready | {
             "agree": ~nothing,
             "shared": nothing,
             "tail_ratio": found.residual_ratio,
@@ -100,11 +108,15 @@ def intersect(
 def unpolished(found: dict[str, Array], finest: str, mesh: Mesh | None = None) -> dict[str, Array]:
     """The closed form as it is returned: base in its dtype, factors balanced."""
 
-    def one(base: Array, left: Array, right: Array, ranks: Array) -> dict[str, Array]:
-        b, a = balanced_products(left, right, ranks)
-        return {"base": base.astype(finest), "left": b, "right": a}
-
+    one = functools.partial(_returned, finest=finest)
     return over_layers(one, mesh, *(found[name] for name in ("base", "left", "right", "ranks")))
+
+
+def _returned(
+    base: Array, left: Array, right: Array, ranks: Array, finest: str
+) -> dict[str, Array]:
+    b, a = balanced_products(left, right, ranks)
+    return {"base": base.astype(finest), "left": b, "right": a}
 
 
 def _polished(

@@ -225,7 +225,7 @@ def _recovery(results: Sequence[LayerResult], like: Array) -> Recovery:
     figures = {name: column(name) for name in names}
     error = figures.pop("expected_error", unknown)
     recovery = Recovery(
-        base=np.stack([result.base.astype(dtype) for result in results]),
+        base=np.stack([result.base.astype(dtype, copy=False) for result in results]),
         ranks=np.stack([result.ranks for result in results]),
         adapters=Adapters(
             left=np.stack(
@@ -248,4 +248,4 @@ def _recovery(results: Sequence[LayerResult], like: Array) -> Recovery:
 
 
 def _pad(array: np.ndarray, after: tuple[int, ...]) -> np.ndarray:
-    return np.pad(array, [(0, count) for count in after])
+    return np.pad(array, [(0, count) for count in after]) if any(after) else array

@@ -23,6 +23,7 @@ LAYERS = [
     {"exact", "certificate", "grids"},
     {
         "sharding",
+        "staging",
         "machine",
         "groups",
         "programs",
