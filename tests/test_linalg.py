@@ -178,3 +178,12 @@ def test_svd_of_a_graded_matrix_on_which_divide_and_conquer_fails():
         left, values, right = (np.asarray(x) for x in linalg.svd_square(jnp.asarray(graded)))
     assert np.abs((left * values) @ right.T - graded).max() < 1e-13 * values[0]
     assert np.abs(left.T @ left - np.eye(32)).max() < 1e-12
+
+
+def test_the_inverse_of_a_definite_matrix_and_nan_where_it_is_not():
+    with linalg.scope(jnp.dtype("float64")):
+        root = np.random.default_rng(0).standard_normal((2, 6, 9))
+        gram = np.matmul(root, root.swapaxes(1, 2))
+        inverse = np.asarray(jax.jit(linalg.inverse_definite)(jnp.asarray(gram)))
+        np.testing.assert_allclose(inverse, np.linalg.inv(gram), rtol=1e-9)
+        assert np.isnan(np.asarray(linalg.inverse_definite(jnp.asarray(-gram[0])))).any()

@@ -43,7 +43,7 @@ RESIDUAL_LIMIT = 1.5
 #: Random vectors that the residual is seen through.
 PROBES = 4
 #: Length of float32 sums, at least, and their number, at most; they are added up in float64.
-BLOCK = 128
+BLOCK = 64
 BLOCKS = 16
 #: Power that stands for none.
 TINY = 1e-60
@@ -120,7 +120,7 @@ def solve_layer(weights: Weights, max_rank: int, batch_size: int = 1) -> RowSpac
     seen = _project(models.values, (centre, rest), rows, probes, noise.scales, batch_size)
     right = rows.astype(jnp.float64)
     wide = right.reshape(-1, col)
-    gram = _gram(rows)
+    gram = _gram(rows, batch_size)
     system = _system(gram, n_models, active)
     inverse = linalg.inverse_definite(system)
     data = jnp.moveaxis(seen[:, :, :max_rank], 0, 1).reshape(row, -1)
@@ -303,13 +303,17 @@ def _project(
     return linalg.map_batched(one, (values, rows), batch_size)
 
 
-def _gram(rows: Float[Array, "model rank col"]) -> Float[Array, "all all"]:
+def _gram(rows: Float[Array, "model rank col"], batch_size: int) -> Float[Array, "all all"]:
     """Inner products of all rows; float64 within a model, where they are not small."""
     n_models, rank, col = rows.shape
     wide = rows.reshape(-1, col)
     across = linalg.matmul(wide, wide.T).astype(jnp.float64)
-    exact = rows.astype(jnp.float64)
-    within = linalg.contract("mac,mbc->mab", exact, exact)
+
+    def own(part: Array) -> Array:
+        exact = part.astype(jnp.float64)
+        return linalg.matmul(exact, exact.T)
+
+    within = linalg.map_batched(own, rows, batch_size)
     blocks = across.reshape(n_models, rank, n_models, rank)
     here = jnp.arange(n_models, dtype=jnp.int32)
     return blocks.at[here, :, here].set(within).reshape(across.shape)
