@@ -36,6 +36,7 @@ LAYERS = [
         "recovery",
     },
     {"checkpoint", "distributed"},
+    {"models"},
     {
         "outfolder",
         "pipeline",
