@@ -6,7 +6,7 @@ Weights are a plain dict from tensor name to array, as the checkpoint names and 
 
 from jdetune.models.bert import Bert, mean_pool, normalise
 from jdetune.models.config import BertConfig, LlamaConfig, ViTConfig
-from jdetune.models.generate import Generated, Sampling, generate
+from jdetune.models.generation import Generated, Sampling, generate
 from jdetune.models.hooks import Hooks, Place
 from jdetune.models.layers import Lora
 from jdetune.models.llama import Llama, empty_cache

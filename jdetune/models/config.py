@@ -6,6 +6,17 @@ from typing import Any, TypeVar
 
 from jdetune.errors import InputError
 
+#: Scalings of rotary positions, and the numbers that each needs.
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
 _Config = TypeVar("_Config", bound="BertConfig | ViTConfig | LlamaConfig")
 
 
@@ -127,14 +138,17 @@ def llama_config(config: Mapping[str, Any]) -> LlamaConfig:
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    scaling = {} if kind == "default" else {"rope_type": kind, **rope}
+    if kind not in ROPE_KEYS:
+        known = ", ".join(ROPE_KEYS)
+        raise InputError(f"rope_type {kind!r} is not known; {known} can be run.")
+    scaling = {"rope_type": kind, **{key: float(rope[key]) for key in ROPE_KEYS[kind]}}
     return _pick(
         LlamaConfig,
         config,
         head_dim=head_dim,
         num_key_value_heads=groups,
         rope_theta=float(theta),
-        rope_scaling=tuple(sorted(scaling.items())),
+        rope_scaling=tuple(scaling.items()) if kind != "default" else (),
     )
 
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from jaxtyping import Bool, Float, Int
 from jdetune import metrics
 from jdetune.errors import InputError
 from jdetune.models.bert import mean_pool
-from jdetune.models.generate import generate
+from jdetune.models.generation import generate
 from jdetune.models.llama import Llama
 from jdetune.models.lora import Adapter
 from jdetune.models.names import Model
 from jdetune.models.params import Params
 from jdetune.models.run import run
-from jdetune.models.text import Codec, SentenceEncoder, batches, pad_batch
+from jdetune.models.text import Codec, batches, pad_batch
 from jdetune.models.vit import ViT
 
 #: Weights of torchvision's backbones, as the hub's cache has them; lpips would download them.
@@ -71,11 +71,15 @@ def activation_distance(
     return metrics.activation_distance(*(np.concatenate(vectors) for vectors in found))
 
 
-def text_log_cosine(encoder: SentenceEncoder, first: Sequence[str], second: Sequence[str]) -> float:
+def text_log_cosine(
+    encoder: Callable[[Sequence[str]], np.ndarray],
+    first: Sequence[str],
+    second: Sequence[str],
+) -> float:
     """Mean over pairs of texts of log10(1 - cosine) of their sentence embeddings.
 
     Args:
-      encoder: such as ``SentenceEncoder.load`` of all-MiniLM-L6-v2.
+      encoder: texts to vectors, such as ``SentenceEncoder.load`` of all-MiniLM-L6-v2.
       first: texts of one model.
       second: texts of the other, in the same order; equal texts count -16.
     """

@@ -1,7 +1,6 @@
 """Rotary positions: wavelengths, their scaling for long contexts, and the rotation."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,15 +8,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from jdetune.errors import InputError
-from jdetune.models.config import LlamaConfig
+from jdetune.models.config import ROPE_KEYS, LlamaConfig
 
 
 def frequencies(config: LlamaConfig) -> Float[np.ndarray, " half"]:
     r"""Angle a position of every pair of coordinates, :math:`\theta^{-2i/d}`, scaled as asked.
-
-    Raises:
-      InputError: a scaling that is not known.
 
     Example:
       >>> frequencies(LlamaConfig(head_dim=4)).tolist()
@@ -26,25 +21,19 @@ def frequencies(config: LlamaConfig) -> Float[np.ndarray, " half"]:
     size = config.head_dim
     powers = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     plain = np.float32(1) / np.float32(config.rope_theta) ** powers
-    scaling = dict(config.rope_scaling)
+    scaling: dict[str, Any] = dict(config.rope_scaling)
     match scaling.get("rope_type", "default"):
-        case "default":
-            return plain
         case "linear":
             return plain / np.float32(scaling["factor"])
         case "llama3":
-            return _llama3(plain, scaling)
-    raise InputError(
-        f"rope_type {scaling['rope_type']!r} is not known; default, linear and llama3 can be run."
-    )
+            return _llama3(plain, *(scaling[key] for key in ROPE_KEYS["llama3"]))
+    return plain
 
 
-def _llama3(plain: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
+def _llama3(
+    plain: np.ndarray, factor: float, low: float, high: float, context: float
+) -> np.ndarray:
     """Short wavelengths stay, long ones are stretched, those between are blended."""
-    factor, low, high = (
-        float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor")
-    )
-    context = float(scaling["original_max_position_embeddings"])
     turns = context * plain.astype(np.float64) / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
     return ((1 - kept) * plain / factor + kept * plain).astype(np.float32)

@@ -4,52 +4,42 @@ import pytest
 
 from jdetune import models
 from jdetune.errors import InputError
+from jdetune.models.layers import activation
 from tests.models import tiny
 
 torch = tiny.torch
 pytestmark = pytest.mark.interop
 
-IDS = tiny.token_ids((3, 7))
-MASK = np.array([[1] * 7, [1] * 4 + [0] * 3, [1] + [0] * 6])
+IDS, MASK = tiny.IDS, tiny.MASK
 
 
-def test_hidden_states_equal_transformers():
-    theirs = tiny.theirs("bert")
-    module, params = tiny.ours(theirs)
-    kinds = np.array([[0, 0, 0, 1, 1, 1, 1]] * 3, np.int32)
-    out = models.run(module, params, jnp.asarray(IDS), None, jnp.asarray(kinds))
-    wanted = theirs(input_ids=torch.tensor(IDS).long(), token_type_ids=torch.tensor(kinds).long())
-    tiny.close(out.hidden, wanted.last_hidden_state)
-
-
-def test_padding_is_not_seen():
-    theirs = tiny.theirs("bert")
-    module, params = tiny.ours(theirs)
-    out = models.run(module, params, jnp.asarray(IDS), jnp.asarray(MASK)).hidden
-    wanted = theirs(torch.tensor(IDS).long(), torch.tensor(MASK)).last_hidden_state
-    tiny.close(np.asarray(out)[MASK > 0], wanted[torch.tensor(MASK) > 0])
-    other = models.run(
-        module, params, jnp.asarray(np.where(MASK, IDS, 5)), jnp.asarray(MASK)
-    ).hidden
-    np.testing.assert_array_equal(np.asarray(out)[MASK > 0], np.asarray(other)[MASK > 0])
-    blind = models.run(module, params, jnp.asarray(IDS)).hidden
-    assert np.abs(np.asarray(blind - out))[1, 0].max() > 0.01
-
-
-@pytest.mark.parametrize("act", ["gelu_new", "relu", "silu"])
-def test_activations_equal_transformers(act):
-    theirs = tiny.theirs("bert", hidden_act=act)
-    module, params = tiny.ours(theirs)
-    out = models.run(module, params, jnp.asarray(IDS)).hidden
-    tiny.close(out, theirs(torch.tensor(IDS).long()).last_hidden_state)
-
-
-def test_classifier_equals_transformers():
+def test_hidden_states_and_logits_equal_transformers():
     theirs = tiny.theirs("bert", "ForSequenceClassification", num_labels=3)
     module, params = tiny.ours(theirs)
     assert module.config.labels == 3
-    out = models.run(module, params, jnp.asarray(IDS), jnp.asarray(MASK))
-    tiny.close(out.logits, theirs(torch.tensor(IDS).long(), torch.tensor(MASK)).logits)
+    segments = np.array([[0, 0, 0, 1, 1, 1, 1]] * 3, np.int32)
+    run = lambda ids, mask: tiny.run(module, params, *map(jnp.asarray, (ids, mask, segments)))  # noqa: E731
+    out = run(IDS, MASK)
+    wanted = theirs(
+        torch.tensor(IDS).long(),
+        torch.tensor(MASK),
+        torch.tensor(segments).long(),
+        output_hidden_states=True,
+    )
+    tiny.close(out.logits, wanted.logits)
+    hidden = wanted.hidden_states[-1]
+    tiny.close(np.asarray(out.hidden)[MASK > 0], hidden[torch.tensor(MASK) > 0])
+    other = run(np.where(MASK, IDS, 5), MASK).hidden  # padding is not seen
+    np.testing.assert_array_equal(np.asarray(out.hidden)[MASK > 0], np.asarray(other)[MASK > 0])
+    blind = run(IDS, np.ones_like(MASK)).hidden
+    assert np.abs(np.asarray(blind - out.hidden))[1, 0].max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"])
+def test_activations_are_those_of_transformers(name):
+    x = np.linspace(-8, 8, 1001, dtype=np.float32)
+    wanted = tiny.transformers.activations.ACT2FN[name](torch.tensor(x)).numpy()
+    np.testing.assert_allclose(activation(name)(jnp.asarray(x)), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_pooling_is_that_of_sentence_transformers():

@@ -11,8 +11,9 @@ from tests.models import tiny
 torch = tiny.torch
 pytestmark = pytest.mark.interop
 
-IDS = tiny.token_ids((2, 6))
-PIXELS = np.random.default_rng(0).standard_normal((2, 3, 28, 28)).astype(np.float32)
+IDS, MASK, PIXELS = tiny.IDS, tiny.MASK[:, ::-1].copy(), tiny.PIXELS
+#: With all of them one program serves several tests.
+TAPS = ("residual", "attention", "mlp", "sum")
 #: Modules of transformers whose outputs "attention" and "mlp" are.
 WRITERS = {
     "bert": ("attention.output.dense", "output.dense"),
@@ -49,9 +50,7 @@ def recorded(theirs, kind):
 def test_taps_equal_what_transformers_hooks_see(kind):
     theirs = tiny.theirs(kind)
     module, params = tiny.ours(theirs)
-    out = models.run(
-        module, params, jnp.asarray(inputs(kind)), taps=("residual", "attention", "mlp")
-    )
+    out = tiny.run(module, params, jnp.asarray(inputs(kind)), taps=TAPS)
     wanted, hidden = recorded(theirs, kind)
     assert wanted["mlp"].shape[0] == 2
     tiny.close(out.taps["attention"], wanted["attention"])
@@ -67,7 +66,7 @@ def test_taps_equal_what_transformers_hooks_see(kind):
 
 def test_berts_sum_is_what_the_last_norm_is_given():
     module, params = tiny.ours(tiny.theirs("bert"))
-    out = models.run(module, params, jnp.asarray(IDS), taps=("sum", "residual"))
+    out = tiny.run(module, params, jnp.asarray(IDS), taps=TAPS)
     total = np.asarray(out.taps["sum"])
     centred = total - total.mean(-1, keepdims=True)
     normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-12)
@@ -80,9 +79,9 @@ def test_berts_sum_is_what_the_last_norm_is_given():
 
 def test_without_taps_nothing_is_kept():
     module, params = tiny.ours(tiny.theirs("llama"))
-    assert models.run(module, params, jnp.asarray(IDS)).taps == {}
+    assert tiny.run(module, params, jnp.asarray(IDS)).taps == {}
     with pytest.raises(ValueError, match="taps are of"):
-        models.run(module, params, jnp.asarray(IDS), taps=("logits",))
+        tiny.run(module, params, jnp.asarray(IDS), taps=("logits",))
 
 
 def project(x, place, direction):
@@ -93,8 +92,7 @@ def project(x, place, direction):
 
 
 def test_an_edit_does_what_transformers_hook_does():
-    theirs = tiny.theirs("llama")
-    module, params = tiny.ours(theirs)
+    theirs, module, params = tiny.smallest("llama")
     direction = np.random.default_rng(1).standard_normal(32).astype(np.float32)
     direction /= np.linalg.norm(direction)
     unit = torch.tensor(direction)
@@ -107,23 +105,19 @@ def test_an_edit_does_what_transformers_hook_does():
     tokens = theirs.generate(
         torch.tensor(IDS).long(), max_new_tokens=8, do_sample=False, eos_token_id=None,
         pad_token_id=0,
-    )[:, 6:]  # fmt: skip
+    )[:, 7:]  # fmt: skip
     handle.remove()
-    out = models.run(
-        module, params, jnp.asarray(IDS), edit=project, state=jnp.asarray(direction),
-        taps=("residual",),
-    )  # fmt: skip
+    options = {"edit": project, "state": jnp.asarray(direction)}
+    out = tiny.run(module, params, jnp.asarray(IDS), taps=("residual",), **options)
     tiny.close(out.logits, wanted)
     left = np.asarray(out.taps["residual"][1]) @ direction
     assert np.abs(left).max() < 1e-5  # float32 rounding of values of size ten
-    plain = models.run(module, params, jnp.asarray(IDS)).logits
-    assert np.abs(np.asarray(plain - out.logits)).max() > 0.01
-    steered = models.generate(
-        module, params, IDS, new_tokens=8, edit=project, state=jnp.asarray(direction)
-    )
+    plain = theirs(torch.tensor(IDS).long()).logits
+    assert (plain - wanted).abs().max() > 0.01
+    steered = models.generate(module, params, IDS, new_tokens=8, **options)
     np.testing.assert_array_equal(steered.tokens, tokens.numpy())
-    free = models.generate(module, params, IDS, new_tokens=8)
-    assert np.any(np.asarray(free.tokens) != tokens.numpy())
+    free = theirs.generate(torch.tensor(IDS).long(), max_new_tokens=8, do_sample=False)
+    assert np.any(free[:, 7:].numpy() != tokens.numpy()[:, : free.shape[1] - 7])
 
 
 def count(x, place, seen):
@@ -135,29 +129,37 @@ def count(x, place, seen):
 
 
 def test_state_goes_through_layers_and_steps():
-    module, params = tiny.ours(tiny.theirs("llama"))
-    mask = np.array([[1] * 6, [0, 0, 1, 1, 1, 1]])
-    zero = jnp.zeros(2, jnp.int32)
-    made = models.generate(
-        module, params, IDS, mask, new_tokens=5, edit=count, state={"prompt": zero, "answer": zero}
-    )
-    assert made.state["prompt"].tolist() == [6, 4]
-    assert made.state["answer"].tolist() == [4, 4]  # the last token is never read
-    plain = models.generate(module, params, IDS, mask, new_tokens=5)
-    np.testing.assert_array_equal(made.tokens, plain.tokens)
+    theirs, module, params = tiny.smallest("llama")
+    zero = jnp.zeros(3, jnp.int32)
+    state = {"prompt": zero, "answer": zero}
+    made = models.generate(module, params, IDS, MASK, new_tokens=5, edit=count, state=state)
+    assert made.state["prompt"].tolist() == MASK.sum(1).tolist()
+    assert made.state["answer"].tolist() == [4] * 3  # the last token is never read
+    wanted = theirs.generate(
+        torch.tensor(IDS).long(), attention_mask=torch.tensor(MASK), max_new_tokens=5,
+        do_sample=False, eos_token_id=None, pad_token_id=0,
+    )[:, 7:]  # fmt: skip
+    np.testing.assert_array_equal(made.tokens, wanted.numpy())
 
 
-@pytest.mark.parametrize("kind", ["bert", "dinov2", "llama"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", pytest.param("bert", marks=SLOW), pytest.param("dinov2", marks=SLOW)]
+)
 def test_remat_changes_nothing_but_the_memory(kind):
-    module, params = tiny.ours(tiny.theirs(kind))
+    _, module, params = tiny.smallest(kind)
     again = dataclasses.replace(module, remat=True, parent=None)
     x = jnp.asarray(inputs(kind))
 
     def loss(weights, m):
-        out = models.run(m, weights, x, taps=("mlp",), edit=lambda v, _p, s: (v, s + 1), state=0)
+        options = {"taps": ("mlp",), "edit": lambda v, _p, s: (v, s + 1), "state": 0}
+        out = models.run(m, weights, x, **options)
         return jnp.sum(jnp.square(out.hidden[:, -1])) + jnp.mean(out.taps["mlp"])
 
-    plain, kept = (jax.grad(loss)(params, m) for m in (module, again))
+    plain, kept = (jax.jit(jax.grad(loss), static_argnums=1)(params, m) for m in (module, again))
+    assert "remat" in str(jax.make_jaxpr(loss, static_argnums=1)(params, again))
     for name in plain:
         np.testing.assert_allclose(plain[name], kept[name], rtol=1e-4, atol=1e-4)
     assert models.layout(again) == models.layout(module)

@@ -82,24 +82,24 @@ def test_weights_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match=rf"{name}: shape \(48, 32\)"):
         models.load_params(module, {**found, name: found[name].T})
     with pytest.raises(InputError, match="Make them with load_params"):
-        models.run(module, {**params, "bert.x": params[name]}, jnp.int32([[1]]))
+        tiny.run(module, {**params, "bert.x": params[name]}, jnp.int32([[1]]))
 
 
 def test_new_models_are_drawn_from_a_key():
-    module, _ = tiny.ours(tiny.theirs("llama"))
+    module, _ = tiny.smallest("llama")[1:]
     params = models.init_params(module, jax.random.key(0))
     assert {n: a.shape for n, a in params.items()} == {
         n: shape for n, (_, shape) in models.layout(module).items()
     }
     assert np.all(np.asarray(params["model.norm.weight"]) == 1)
     assert np.std(params["lm_head.weight"]) == pytest.approx(0.02, rel=0.1)
-    logits = models.run(module, params, jnp.int32([[1, 2]])).logits
+    logits = tiny.run(module, params, jnp.int32([[1, 2]])).logits
     assert np.all(np.isfinite(logits))
 
 
 def test_run_compiles_once_for_new_weights():
-    module, params = tiny.ours(tiny.theirs("llama"))
-    run = jax.jit(lambda weights, ids: models.run(module, weights, ids).logits)
+    module, params = tiny.smallest("llama")[1:]
+    run = jax.jit(lambda weights, ids: tiny.run(module, weights, ids).logits)
     ids = jnp.int32([[1, 2, 3]])
     run(params, ids)
     run(jax.tree.map(lambda x: 2 * x, params), ids)

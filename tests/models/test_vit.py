@@ -16,31 +16,25 @@ def pixels(height, width):
     return rng.standard_normal((2, 3, height, width)).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", ["vit", "dinov2"])
-@pytest.mark.parametrize("size", [(28, 28), (42, 21), (16, 60)], ids=str)
-def test_hidden_states_equal_transformers_at_any_size(kind, size):
-    theirs = tiny.theirs(kind)
+@pytest.mark.parametrize(
+    ("kind", "size", "changes"),
+    [
+        ("vit", (42, 21), {}),
+        ("dinov2", (28, 28), {}),
+        pytest.param("dinov2", (16, 60), {"qkv_bias": False}, marks=pytest.mark.slow),
+        pytest.param("vit", (28, 28), {"qkv_bias": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_hidden_states_and_logits_equal_transformers(kind, size, changes):
+    theirs = tiny.theirs(kind, "ForImageClassification", num_labels=3, **changes)
     module, params = tiny.ours(theirs)
     options = {"interpolate_pos_encoding": True} if kind == "vit" else {}
     x = pixels(*size)
-    wanted = theirs(torch.tensor(x), **options).last_hidden_state
-    tiny.close(models.run(module, params, jnp.asarray(x)).hidden, wanted)
-
-
-@pytest.mark.parametrize("kind", ["vit", "dinov2"])
-def test_classifier_equals_transformers(kind):
-    theirs = tiny.theirs(kind, "ForImageClassification", num_labels=3)
-    module, params = tiny.ours(theirs)
-    x = pixels(28, 28)
-    tiny.close(models.run(module, params, jnp.asarray(x)).logits, theirs(torch.tensor(x)).logits)
-
-
-def test_attention_without_bias():
-    theirs = tiny.theirs("dinov2", qkv_bias=False)
-    module, params = tiny.ours(theirs)
-    x = pixels(28, 28)
-    wanted = theirs(torch.tensor(x)).last_hidden_state
-    tiny.close(models.run(module, params, jnp.asarray(x)).hidden, wanted)
+    out = tiny.run(module, params, jnp.asarray(x))
+    hidden = getattr(theirs, kind)(torch.tensor(x), **options).last_hidden_state
+    tiny.close(out.hidden, hidden)
+    tiny.close(out.logits, theirs(torch.tensor(x), **options).logits)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(3, 3), (9, 4), (5, 12)])
@@ -64,4 +58,4 @@ def test_what_cannot_be_run_is_refused():
         models.build({**config, "image_size": [28, 14]})
     module, params = tiny.ours(tiny.theirs("dinov2"))
     with pytest.raises(ValueError, match="no patch of 7x7"):
-        models.run(module, params, jnp.asarray(pixels(6, 28)))
+        tiny.run(module, params, jnp.asarray(pixels(6, 28)))

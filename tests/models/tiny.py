@@ -1,7 +1,9 @@
 """Small models of transformers' own with weights large enough for every part to matter."""
 
 import warnings
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 
@@ -74,6 +76,10 @@ def ours(model, **known):
     return module, models.load_params(module, found)
 
 
+#: Compiled as a whole: op by op takes longer.
+run = partial(jax.jit, static_argnames=("module", "taps", "edit", "last"))(models.run)
+
+
 def save(model, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -87,5 +93,17 @@ def close(got, wanted, tolerance=TOLERANCE):
     np.testing.assert_allclose(np.asarray(got), wanted, rtol=tolerance, atol=tolerance)
 
 
+def smallest(kind, **changes):
+    """Theirs and ours with one layer, for what does not depend on their number."""
+    model = theirs(kind, num_hidden_layers=1, **changes)
+    return (model, *ours(model))
+
+
 def token_ids(shape, vocabulary=40, seed=0):
     return np.random.default_rng(seed).integers(3, vocabulary, shape).astype(np.int32)
+
+
+#: Inputs of most tests, so that compiled programs are shared.
+IDS = token_ids((3, 7))
+MASK = np.array([[1] * 7, [1] * 4 + [0] * 3, [1] + [0] * 6])
+PIXELS = np.random.default_rng(0).standard_normal((2, 3, 28, 28)).astype(np.float32)

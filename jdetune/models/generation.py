@@ -102,23 +102,24 @@ def generate(
     extra = ((0, 0), (-ids.shape[1] % BUCKET, 0))
     ids, mask = np.pad(ids, extra), np.pad(mask, extra)
     key = jax.random.key(0) if key is None else key
+    ends, pad_id = np.asarray(end, np.int32), np.int32(pad)
     return _generate(
-        module, params, lora, ids, mask, key, state, new_tokens, end, pad, sampling, edit
+        module, params, lora, ids, mask, key, state, ends, pad_id, new_tokens, sampling, edit
     )
 
 
-@partial(jax.jit, static_argnums=(0, 7, 8, 9, 10, 11))
+@partial(jax.jit, static_argnums=(0, 9, 10, 11))
 def _generate(
     module: Llama,
     params: Params,
     lora: Adapter | None,
-    ids: Array,
-    mask: Array,
+    ids: Any,
+    mask: Any,
     key: Array,
     state: Any,
+    end: Any,
+    pad: Any,
     new_tokens: int,
-    end: tuple[int, ...],
-    pad: int,
     sampling: Sampling | None,
     edit: Edit | None,
 ) -> Generated:
@@ -130,9 +131,7 @@ def _generate(
     answering = module.clone(hooks=Hooks(answer=True))
 
     def ended(token: Array) -> Array:
-        if not end:
-            return jnp.zeros(token.shape, bool)
-        return jnp.isin(token, jnp.asarray(end, jnp.int32))
+        return jnp.any(token[..., None] == end, axis=-1)
 
     def draw(logits: Array, step: Array) -> Array:
         return pick(logits[:, -1], sampling, jax.random.fold_in(key, step))
