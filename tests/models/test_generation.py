@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +59,8 @@ def test_texts_end_where_transformers_ends_them(pair):
 def test_a_pad_that_also_ends_is_counted_once_and_programs_are_shared(pair):
     theirs, module, params = pair
     end = int(greedy(theirs, IDS, MASK, 4, ())[0, 1])
-    before = generation._generate._cache_size()
+    program: Any = generation._generate
+    before = program._cache_size()
     got = models.generate(module, params, IDS, MASK, new_tokens=4, end=(end,), pad=end)
     assert int(got.lengths[0]) == 2
     assert got.tokens[0, 1:].tolist() == [end] * 3
@@ -65,7 +68,7 @@ def test_a_pad_that_also_ends_is_counted_once_and_programs_are_shared(pair):
         wanted = greedy(theirs, IDS[:, :width], np.ones((3, width), int), 4, ())
         got = models.generate(module, params, IDS[:, :width], new_tokens=4, end=(99,))
         np.testing.assert_array_equal(got.tokens, wanted)
-    assert generation._generate._cache_size() == before + 1
+    assert program._cache_size() == before + 1
 
 
 def test_sampling_is_reproducible():

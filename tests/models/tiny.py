@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,7 +52,7 @@ KINDS = {
 }
 
 
-def theirs(kind, head=None, seed=0, **changes):
+def theirs(kind, head=None, seed=0, **changes) -> Any:
     """A transformers model in evaluation mode; every weight, bias and norm is random."""
     name, sizes = KINDS[kind]
     config = getattr(transformers, name)(**{**sizes, **changes})
@@ -69,7 +70,7 @@ def tensors(model):
     return {name: value.detach().numpy() for name, value in model.state_dict().items()}
 
 
-def ours(model, **known):
+def ours(model, **known) -> tuple[Any, Any]:
     """The same model in Flax."""
     found = tensors(model)
     module = models.build(model.config.to_dict(), found, **known)
@@ -93,7 +94,7 @@ def close(got, wanted, tolerance=TOLERANCE):
     np.testing.assert_allclose(np.asarray(got), wanted, rtol=tolerance, atol=tolerance)
 
 
-def smallest(kind, **changes):
+def smallest(kind, **changes) -> tuple[Any, Any, Any]:
     """Theirs and ours with one layer, for what does not depend on their number."""
     model = theirs(kind, num_hidden_layers=1, **changes)
     return (model, *ours(model))
