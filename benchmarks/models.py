@@ -8,6 +8,7 @@ the machine does falls on both; the median is printed with the slowest and faste
 as many threads as JAX has cores: `taskset -c 0 python -m benchmarks.models` compares on one.
 """
 
+import copy
 import os
 import statistics
 import time
@@ -63,8 +64,8 @@ def outputs(name: str, theirs: Any, tokenizer: Any) -> tuple[np.ndarray, np.ndar
     ours = np.asarray(out.hidden if out.logits is None else out.logits)
     with torch.no_grad():
         single = theirs(x)[pick].numpy()
-        double = theirs.double()(x.double() if x.is_floating_point() else x)[pick].numpy()
-    theirs.float()
+        wide = copy.deepcopy(theirs).double()
+        double = wide(x.double() if x.is_floating_point() else x)[pick].numpy()
     return ours, single, double
 
 
