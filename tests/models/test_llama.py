@@ -90,6 +90,7 @@ def test_unknown_scaling_is_refused():
 def test_the_cache_gives_what_the_whole_text_gives():
     module, params = tiny.ours(tiny.theirs("llama"))
     mask = MASK[:, ::-1].copy()
+    mask[1, :3] = 0, 0, 1  # padding and tokens in one part
     whole = tiny.run(module, params, jnp.asarray(IDS), jnp.asarray(mask)).logits
     cache = models.empty_cache(module.config, 3, 9)  # longer than the text
     for part in (slice(0, 3), slice(3, 6), slice(6, 7)):

@@ -103,4 +103,4 @@ def test_run_compiles_once_for_new_weights():
     ids = jnp.int32([[1, 2, 3]])
     run(params, ids)
     run(jax.tree.map(lambda x: 2 * x, params), ids)
-    assert run._cache_size() == 1
+    assert run._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
