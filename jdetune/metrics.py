@@ -1,4 +1,4 @@
-"""How near an estimate is to the truth: log MSE, exact elements, ulp distances, cosine.
+"""How near an estimate is to the truth: log MSE, exact elements, ulps, angles, activations.
 
 Host code in float64 NumPy, for arrays of float32, float16 or bfloat16.
 """
@@ -8,6 +8,8 @@ from jaxtyping import Float, Int
 
 #: log10 MSE of an exact estimate, and the least that is ever reported.
 LOG_MSE_FLOOR = -40.0
+#: log10(1 - cosine) of equal vectors: float64 cannot tell a cosine above 1 - 1e-16 from 1.
+LOG_COSINE_FLOOR = -16.0
 #: Names of the bins of ``ulp_histogram``, and their upper ends.
 ULP_BINS = {"0": 0, "1": 1, "2": 2, "3-4": 4, "5-8": 8}
 _FAR = np.iinfo(np.int64).max
@@ -110,6 +112,60 @@ def cosine(first: Float[np.ndarray, "*shape"], second: Float[np.ndarray, "*shape
     a, b = np.asarray(first, np.float64).ravel(), np.asarray(second, np.float64).ravel()
     scale = np.linalg.norm(a) * np.linalg.norm(b)
     return float(np.sum(a * b) / scale) if scale > 0.0 else float("nan")
+
+
+def log_cosine(
+    first: Float[np.ndarray, "item width"], second: Float[np.ndarray, "item width"]
+) -> float:
+    r"""Mean over items of the log cosine distance, :math:`\log_{10}(1 - \cos)`, not below -16.
+
+    Args:
+      first: a vector for each item, such as the embedding of a text.
+      second: those to compare with.
+
+    Returns:
+      The mean; 0 where all are orthogonal, NaN where a vector is zero or there is no item.
+
+    Example:
+      >>> log_cosine(np.float32([[3.0, 0.0]]), np.float32([[0.0, 2.0]]))
+      0.0
+    """
+    _check_shapes(first, second)
+    if not len(first):
+        return float("nan")
+    a, b = _unit(first), _unit(second)
+    apart = 0.5 * np.sum(np.square(a - b), axis=-1)  # 1 - cosine, without cancellation
+    return float(np.mean(np.log10(np.maximum(apart, 10.0**LOG_COSINE_FLOOR))))
+
+
+def activation_distance(
+    first: Float[np.ndarray, "item width"], second: Float[np.ndarray, "item width"]
+) -> float:
+    """Mean over items of the Euclidean distance between two models' final activations.
+
+    Args:
+      first: one model's activations for each input.
+      second: the other's for the same inputs.
+
+    Returns:
+      The mean distance, NaN where there is no input.
+
+    Example:
+      >>> activation_distance(np.float32([[3.0, 0.0]]), np.float32([[0.0, 4.0]]))
+      5.0
+    """
+    _check_shapes(first, second)
+    if not len(first):
+        return float("nan")
+    apart = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    return float(np.mean(np.sqrt(np.sum(apart * apart, axis=-1))))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of length one; NaN for zero."""
+    vectors = np.asarray(vectors, np.float64)
+    length = np.sqrt(np.sum(vectors * vectors, axis=-1, keepdims=True))
+    return vectors / np.where(length > 0.0, length, np.nan)
 
 
 def _check_shapes(first: np.ndarray, second: np.ndarray) -> None:

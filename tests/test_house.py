@@ -37,6 +37,7 @@ LAYERS = [
         "recovery",
     },
     {"checkpoint", "distributed"},
+    {"models"},
     {
         "outfolder",
         "pipeline",
