@@ -43,6 +43,7 @@ class Options:
       overwrite: replace a former output.
       masks: also write which elements of the base are certain.
       max_memory: bytes that a device may use at a time; a share of what is free if None.
+      trust_remote_code: also copy Python files, and config that makes transformers run them.
       command: what to name in the report as the command.
     """
 
@@ -52,6 +53,7 @@ class Options:
     overwrite: bool = False
     masks: bool = False
     max_memory: int | None = None
+    trust_remote_code: bool = False
     command: str = "jdetune.pipeline.run"
 
 

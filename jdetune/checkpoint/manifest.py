@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jdetune.checkpoint.index import FLOATS, Checkpoint, TensorInfo
-from jdetune.checkpoint.reader import digest, numpy_dtype, read_tensor
+from jdetune.checkpoint.reader import numpy_dtype, read_models, tensor_digest
 from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError, NotOneBaseError
 
@@ -198,10 +198,7 @@ def group_tensors(
 
 def read_stack(checkpoints: Sequence[Checkpoint], name: str) -> np.ndarray:
     """One matrix of all models, [model, row, col]; float32 holds dtypes that differ."""
-    models = [read_tensor(checkpoint, name) for checkpoint in checkpoints]
-    if len({model.dtype for model in models}) > 1:
-        models = [model.astype(np.float32) for model in models]
-    return np.stack(models)
+    return read_models(checkpoints, name)
 
 
 def _infos(checkpoints: Sequence[Checkpoint], name: str) -> list[TensorInfo | None]:
@@ -246,9 +243,9 @@ def _marks(checkpoints: Sequence[Checkpoint], name: str) -> tuple[bytes | None, 
         if info is None:
             marks.append(None)
         else:
-            values = read_tensor(checkpoint, name)
-            values = values.astype(np.float32) if widen else values
-            marks.append(f"{info.shape}{values.dtype}".encode() + digest(values))
+            kind = "float32" if widen else info.dtype
+            mark = tensor_digest(checkpoint, name, widen and info.dtype != kind)
+            marks.append(f"{info.shape}{kind}".encode() + mark)
     return tuple(marks)
 
 
@@ -284,6 +281,8 @@ def _plan_tensor(
 ) -> TensorPlan:
     info = next(i for i in _infos(checkpoints, name) if i is not None)
     fields = (name, info.shape, info.dtype)
+    if not all(i.is_known for i in _infos(checkpoints, name) if i is not None):
+        return TensorPlan(*fields, "skipped", f"dtype {info.dtype} is not known here")
     if len(set(marks)) == 1:
         return TensorPlan(*fields, "identical", source=0)
     common = is_common(checkpoints, name)
