@@ -95,7 +95,8 @@ def read_header(path: Path) -> Header:
         begin, data = _header_bytes(path, source)
         stamp = source.stamp
     content = parse_object(data, path, constants=False)
-    metadata = content.pop(METADATA, None) or {}
+    metadata = content.pop(METADATA, None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _bad(path, "its metadata is not text")
     entries = [_entry(path, name, info, begin) for name, info in content.items()]

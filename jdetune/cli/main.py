@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -24,12 +25,19 @@ _SCHEDULER_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
 def console_main() -> None:
     """Entry point of the program: environment first, then the command."""
     prepare_environment()
+    signal.signal(signal.SIGINT, _interrupt)
     code = main(sys.argv[1:])
     if code == _INTERRUPTED:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # XLA's threads still run, and crash a regular teardown
     sys.exit(code)
+
+
+def _interrupt(*_: object) -> None:
+    """Ctrl-C ends what runs, and a second one the process: nothing is lost that was solved."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+    raise KeyboardInterrupt
 
 
 def prepare_environment() -> None:
