@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jdetune import outfolder, report
+from jdetune.busy import WRITE, Busy
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
 from jdetune.checkpoint.manifest import Plan, make_plan, select
 from jdetune.checkpoint.sidefiles import code_left_out
@@ -48,8 +49,9 @@ def open_models(models: Sequence[str | Path], trust_remote_code: bool = False) -
             f"{_capital(Status.TOO_FEW_MODELS.message)}"
         )
     opened = [open_checkpoint(path, trust_remote_code) for path in models]
-    names = outfolder.model_names(opened)
-    return [dataclasses.replace(c, name=name) for c, name in zip(opened, names, strict=True)]
+    names, busy = outfolder.model_names(opened), Busy()
+    pairs = zip(opened, names, strict=True)
+    return [dataclasses.replace(c, name=name, busy=busy) for c, name in pairs]
 
 
 def check_out(out: str | Path, checkpoints: Sequence[Checkpoint], options: Options) -> None:
@@ -133,7 +135,8 @@ def _run(
     )
     clock.lap("recover")
     base, left_out = None, set()
-    written = write_products(plan, results, stage, options.masks, progress, processes)
+    with checkpoints[0].busy.doing(WRITE):
+        written = write_products(plan, results, stage, options.masks, progress, processes)
     if written is not None:
         dtypes = sorted({r.base_dtype for r in results if r.recovery and r.base_dtype})
         said = ", ".join(dtypes) or None
@@ -150,7 +153,8 @@ def _run(
     )
     content = {
         **head,
-        "timing": report.timing(clock.laps, clock.total, results, processes.count),
+        "timing": report.timing(clock.laps, clock.total, results, processes.count)
+        | report.overlap(checkpoints[0].busy, clock.total),
         "inputs": _input_entries(checkpoints, plan, results),
         "base": base,
         "summary": report.summary(results, base is not None),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jdetune.busy import COMPUTE, READ, TRANSFER, WRITE, Busy
 from jdetune.certificate import verdict
 from jdetune.checkpoint.index import Checkpoint, read_json
 from jdetune.checkpoint.manifest import EXCLUDED, Plan, TensorPlan
@@ -192,6 +193,27 @@ def timing(
         **parts,
         "solve": round(solve, 3),
         "not_in_solve": round(rest, 4),
+    }
+
+
+def overlap(busy: Busy, seconds: float) -> dict[str, float]:
+    """How well reading, writing and computing overlapped, as the first process saw it.
+
+    Args:
+      busy: what was done when.
+      seconds: of the whole run.
+
+    Returns:
+      Seconds in which anything was read, written, either of both (``transferring``) or computed
+      (digests are), and ``over_larger``: the run's time over the larger of the last two.
+    """
+    transfer, compute = busy.seconds(TRANSFER), busy.seconds(COMPUTE)
+    return {
+        "reading": round(busy.seconds(READ), 3),
+        "writing": round(busy.seconds(WRITE), 3),
+        "transferring": round(transfer, 3),
+        "computing": round(compute, 3),
+        "over_larger": round(seconds / max(transfer, compute, 1e-9), 3),
     }
 
 

@@ -182,4 +182,4 @@ def test_damaged_files(tmp_path, monkeypatch, capsys, traced):
 @pytest.mark.slow
 def test_thousands_of_damaged_files(tmp_path, monkeypatch, capsys, traced):
     monkeypatch.chdir(tmp_path)
-    check(tmp_path, capsys, count=4000, seed=1, run_every=10)
+    check(tmp_path, capsys, count=2500, seed=1, run_every=10)

@@ -131,7 +131,7 @@ def merge_peft(
     """
     kind = base.dtype if dtype is None else dtype
     update = product(left.astype(np.float32), right.astype(np.float32))
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         if rounding == "R3":
             update = update.astype(kind).astype(np.float32)
         update = np.float32(scaling) * update

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from jdetune.busy import Busy
 from jdetune.checkpoint import sidefiles
 from jdetune.checkpoint.files import Stamp, check_inside, check_regular, read_whole, unreadable
 from jdetune.checkpoint.header import DTYPES, read_header
@@ -70,6 +71,7 @@ class Checkpoint:
       side_files: config and tokenizer files that belong with the weights, relative to ``root``.
       path: what was opened, folder or file.
       trusted: whether code that comes with it, and config that names it, is copied too.
+      busy: told when it is read.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Checkpoint:
     side_files: tuple[str, ...]
     path: Path
     trusted: bool = False
+    busy: Busy = dataclasses.field(default_factory=Busy, compare=False, repr=False)
 
     @property
     def n_parameters(self) -> int:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from jdetune.errors import InputError, NotOneBaseError
 GROUP_BYTES = 2 << 30
 #: Matrices that are solved together at most.
 GROUP_LAYERS = 32
+#: Threads that compare.
+READERS = 4
 #: Reason of a matrix that the caller's regular expressions left out.
 EXCLUDED = "left out by --include or --exclude"
 
@@ -222,11 +225,15 @@ def _all_marks(
     infos = [next(i for i in _infos(checkpoints, name) if i is not None) for name in names]
     mine = processes.share([math.prod(info.shape) for info in infos])
     own: dict[str, list[str | None]] = {}
-    for done, index in enumerate(mine):
-        marks = _marks(checkpoints, names[index])
-        own[names[index]] = [None if mark is None else mark.hex() for mark in marks]
-        if progress is not None:
-            progress(done + 1, len(mine))
+    pool = ThreadPoolExecutor(READERS)  # one reads while another digests
+    try:
+        found_marks = pool.map(lambda index: _marks(checkpoints, names[index]), mine)
+        for done, (index, marks) in enumerate(zip(mine, found_marks, strict=True)):
+            own[names[index]] = [None if mark is None else mark.hex() for mark in marks]
+            if progress is not None:
+                progress(done + 1, len(mine))
+    finally:
+        pool.shutdown(cancel_futures=True)
     found: dict[str, list[str | None]] = {}
     for part in processes.exchange(own):
         found.update(part)

@@ -1,13 +1,16 @@
 """Reads tensors of a checkpoint as NumPy arrays, whole or in pieces."""
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
 
+from jdetune.busy import COMPUTE, READ
 from jdetune.checkpoint.files import opened
 from jdetune.checkpoint.index import Checkpoint, TensorInfo
+from jdetune.deferred import Deferred
 from jdetune.errors import InputError, printable
 
 
@@ -78,10 +81,12 @@ def tensor_digest(checkpoint: Checkpoint, name: str, widen: bool = False) -> byt
     """
     info, total = _info(checkpoint, name), hashlib.sha256()
     with opened(checkpoint.root / info.file, info.stamp) as source:
-        for piece in source.chunks(info.start, info.n_bytes):
-            if widen:
-                piece = raw_bytes(piece.view(numpy_dtype(info.dtype)).astype(np.float32))
-            total.update(piece.data)
+        pieces = source.chunks(info.start, info.n_bytes)
+        while (piece := _next(pieces, checkpoint)) is not None:
+            with checkpoint.busy.doing(COMPUTE):
+                if widen:
+                    piece = raw_bytes(piece.view(numpy_dtype(info.dtype)).astype(np.float32))
+                total.update(piece.data)
     return total.digest()
 
 
@@ -98,6 +103,18 @@ def raw_bytes(array: np.ndarray) -> np.ndarray:
 def digest(array: np.ndarray) -> bytes:
     """SHA-256 of an array's bytes: two arrays of a shape and dtype are equal iff it is."""
     return hashlib.sha256(raw_bytes(array).data).digest()
+
+
+def deferred(checkpoint: Checkpoint, name: str) -> Deferred:
+    """A tensor of a model, read when it is looked at."""
+    info = _info(checkpoint, name)
+    read = functools.partial(read_tensor, checkpoint, name)
+    return Deferred(numpy_dtype(info.dtype), info.shape, read)
+
+
+def _next(pieces: Iterator[np.ndarray], checkpoint: Checkpoint) -> np.ndarray | None:
+    with checkpoint.busy.doing(READ):
+        return next(pieces, None)
 
 
 def _info(checkpoint: Checkpoint, name: str) -> TensorInfo:
@@ -126,5 +143,6 @@ def _read_into(checkpoint: Checkpoint, info: TensorInfo, array: np.ndarray) -> N
             f"{checkpoint.root / info.file}: tensor {printable(info.name)} has {info.n_bytes} "
             f"bytes, not the {len(data)} of its shape. Copy the file again."
         )
-    with opened(checkpoint.root / info.file, info.stamp) as source:
+    file = checkpoint.root / info.file
+    with checkpoint.busy.doing(READ), opened(file, info.stamp) as source:
         source.fill(info.start, data)

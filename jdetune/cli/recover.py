@@ -202,7 +202,9 @@ def _timing(timing: dict[str, Any]) -> str:
     several = f"{timing['processes']} processes, " if timing["processes"] > 1 else ""
     stages = ", ".join(f"{name} {timing[name]:.1f} s" for name in ("compare", "recover", "write"))
     share = f"{timing['not_in_solve']:.0%} of the time is not the solver's"
-    return f"{several}{stages}; {share}"
+    busy = f"reading and writing {timing['transferring']:.1f} s, computing "
+    busy += f"{timing['computing']:.1f} s: all took {timing['over_larger']:.2f} times the larger"
+    return f"{several}{stages}; {share}\n{busy}"
 
 
 def _solved_table(tensors: Sequence[dict[str, Any]]) -> str:
