@@ -24,9 +24,10 @@ class Busy:
     def __init__(self) -> None:
         """Starts with nothing done."""
         self._lock = threading.Lock()
-        self._active = dict.fromkeys((READ, WRITE, COMPUTE, TRANSFER), 0)
-        self._since = dict.fromkeys(self._active, 0.0)
-        self._total = dict.fromkeys(self._active, 0.0)
+        kinds = (READ, WRITE, COMPUTE, TRANSFER)
+        self._active: dict[str, int] = dict.fromkeys(kinds, 0)
+        self._since: dict[str, float] = dict.fromkeys(kinds, 0.0)
+        self._total: dict[str, float] = dict.fromkeys(kinds, 0.0)
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:

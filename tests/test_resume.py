@@ -19,8 +19,12 @@ MILESTONES = ("state.json", "solved/first/group-00000.safetensors", "base", "ada
 
 
 def start(paths, out):
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command(paths, out, "--masks"), env=plain_environment(), **quiet)
+    return subprocess.Popen(
+        command(paths, out, "--masks"),
+        env=plain_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def is_done(out):
@@ -119,10 +123,11 @@ def test_fifty_random_kills(tmp_path, capsys):
         def at_random(process):
             time.sleep(rng.uniform(0.1, 1.0) * seconds)
 
-        def choose(out=out):
-            return rng.choice([at_random, after(out, rng.choice(MILESTONES), rng)])
-
-        found = kill_until_done(paths, out, rng, [choose() for _ in range(rng.randint(2, 6))])
+        moments = [
+            rng.choice([at_random, after(out, rng.choice(MILESTONES), rng)])
+            for _ in range(rng.randint(2, 6))
+        ]
+        found = kill_until_done(paths, out, rng, moments)
         assert_same(tmp_path / "whole", out)
         killed, runs = killed + found, runs + 1
         assert runs < 100, "runs end before they are killed"

@@ -148,7 +148,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path / CONFIG_NAME}: only plain LoRA adapters can be read, not DoRA.")
     numbers = [config.get("lora_alpha", 8)]
     for key in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(key) or {}
+        pattern = {} if config.get(key) is None else config[key]
         if not isinstance(pattern, dict) or not all(map(_is_usable, pattern)):
             raise InputError(
                 f"{path / CONFIG_NAME}: {key} is not a mapping of module names, or of simple "

@@ -58,7 +58,7 @@ class Source:
 
     def fill(self, start: int, data: np.ndarray) -> None:
         """Reads bytes from ``start`` on until a flat uint8 array is full."""
-        view, done = memoryview(data), 0
+        view, done = data.data, 0
         try:
             self._file.seek(start)
             while done < len(view):

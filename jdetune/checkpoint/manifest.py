@@ -225,9 +225,13 @@ def _all_marks(
     infos = [next(i for i in _infos(checkpoints, name) if i is not None) for name in names]
     mine = processes.share([math.prod(info.shape) for info in infos])
     own: dict[str, list[str | None]] = {}
+
+    def marks_of(index: int) -> tuple[bytes | None, ...]:
+        return _marks(checkpoints, names[index])
+
     pool = ThreadPoolExecutor(READERS)  # one reads while another digests
     try:
-        found_marks = pool.map(lambda index: _marks(checkpoints, names[index]), mine)
+        found_marks = pool.map(marks_of, mine)
         for done, (index, marks) in enumerate(zip(mine, found_marks, strict=True)):
             own[names[index]] = [None if mark is None else mark.hex() for mark in marks]
             if progress is not None:
