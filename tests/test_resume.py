@@ -244,6 +244,50 @@ def test_the_next_group_is_read_while_one_is_solved(tmp_path, monkeypatch):
     assert report["summary"]["recovered"] == 4
 
 
+def test_results_are_written_while_the_next_group_is_solved(tmp_path, monkeypatch):
+    one_by_one(monkeypatch)
+    family = pico.make(tmp_path / "zoo")
+    teller, honest = pico.truth_teller(family.base), solving.save_results
+    solving_next, written = threading.Event(), []
+
+    def save(path, results, notes):
+        if not written:
+            assert solving_next.wait(10)  # would never come without writing behind
+        written.append(path.name)
+        honest(path, results, notes)
+
+    def solve(stacks, **options):
+        if "layer.0.query" not in next(iter(stacks)):
+            solving_next.set()
+        return teller(stacks, **options)
+
+    monkeypatch.setattr(solving, "save_results", save)
+    report = pipeline.run(family.paths, tmp_path / "out", recover_fn=solve)
+    assert report["summary"]["recovered"] == 4
+    assert written == [f"group-{k:05d}.safetensors" for k in range(4)]
+    timing = report["timing"]
+    assert 0 < timing["transferring"] <= timing["reading"] + timing["writing"]
+    assert timing["over_larger"] >= 1.0
+
+
+def test_what_fails_behind_is_raised(tmp_path, monkeypatch):
+    one_by_one(monkeypatch)
+    family = pico.make(tmp_path / "zoo")
+    solved = []
+
+    def save(path, results, notes):
+        raise OutputError("no space")
+
+    def solve(stacks, **options):
+        solved.extend(stacks)
+        return pico.truth_teller(family.base)(stacks, **options)
+
+    monkeypatch.setattr(solving, "save_results", save)
+    with pytest.raises(OutputError, match="no space"):
+        pipeline.run(family.paths, tmp_path / "out", recover_fn=solve)
+    assert len(solved) == 2  # one was solved before the failure of the first was looked at
+
+
 def test_groups_are_a_quarter_of_the_budget():
     assert solving.group_bytes(pipeline.Options(max_memory=4000)) == 1000
     assert solving.group_bytes(pipeline.Options()) == solving.GROUP_BYTES
