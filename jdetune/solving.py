@@ -43,7 +43,8 @@ class Options:
       exclude: regular expression; matching matrices are left out.
       overwrite: replace a former output.
       masks: also write which elements of the base are certain.
-      max_memory: bytes that a device may use at a time; a share of what is free if None.
+      max_memory: bytes that weights may take at a time, on the host and on a device, beside what a
+        single layer needs; a share of what is free if None.
       trust_remote_code: also copy Python files, and config that makes transformers run them.
       command: what to name in the report as the command.
     """
@@ -59,10 +60,22 @@ class Options:
 
 
 def group_bytes(options: Options) -> int:
-    """Size of a group of matrices: one is solved, one read ahead, results of a third written."""
+    """Size of a group of matrices: one is solved, one read ahead, results of a third written.
+
+    What is left of the budget is the solver's, see ``solver_memory``.
+    """
     if options.max_memory is None:
         return GROUP_BYTES
-    return min(GROUP_BYTES, options.max_memory // 4)
+    return min(GROUP_BYTES, options.max_memory // 8)
+
+
+def solver_memory(options: Options) -> int | None:
+    """Bytes that are left for solving: half where it is the host's memory, else the device's."""
+    if options.max_memory is None:
+        return None
+    import jax
+
+    return options.max_memory // 2 if jax.default_backend() == "cpu" else options.max_memory
 
 
 def solve_one_base(
@@ -227,7 +240,7 @@ def _solve_group(
     recover_fn: RecoverFn | None,
 ) -> tuple[dict[str, TensorResult], list[explain.Note]]:
     """Results and repairs of matrices of one shape."""
-    recover = recover_fn or functools.partial(default_recover, max_memory=options.max_memory)
+    recover = recover_fn or functools.partial(default_recover, max_memory=solver_memory(options))
     planned = {tensor.name: tensor for tensor in plan.tensors}
     rows = [plan.solved.index(i) for i in plan.alike]
     names = [c.name for c in plan.checkpoints]

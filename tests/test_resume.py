@@ -288,9 +288,13 @@ def test_what_fails_behind_is_raised(tmp_path, monkeypatch):
     assert len(solved) == 2  # one was solved before the failure of the first was looked at
 
 
-def test_groups_are_a_quarter_of_the_budget():
-    assert solving.group_bytes(pipeline.Options(max_memory=4000)) == 1000
+def test_groups_are_an_eighth_of_the_budget_and_the_solver_has_half(monkeypatch):
+    assert solving.group_bytes(pipeline.Options(max_memory=8000)) == 1000
     assert solving.group_bytes(pipeline.Options()) == solving.GROUP_BYTES
+    assert solving.solver_memory(pipeline.Options()) is None
+    assert solving.solver_memory(pipeline.Options(max_memory=8000)) == 4000
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert solving.solver_memory(pipeline.Options(max_memory=8000)) == 8000
 
 
 def test_a_small_budget_makes_more_groups_and_the_same_files(tmp_path):
@@ -303,7 +307,7 @@ def test_a_small_budget_makes_more_groups_and_the_same_files(tmp_path):
         return teller(stacks, **options)
 
     pipeline.run(family.paths, tmp_path / "one", recover_fn=counting)
-    small = pipeline.Options(max_memory=4 * 3 * 48 * 32 * 4)
+    small = pipeline.Options(max_memory=8 * 3 * 48 * 32 * 4)
     pipeline.run(family.paths, tmp_path / "many", small, recover_fn=counting)
     assert calls == [4, 1, 1, 1, 1]
     one, many = files_of(tmp_path / "one"), files_of(tmp_path / "many")

@@ -42,8 +42,8 @@ def make_command() -> Command:
     command.string(
         "max_memory",
         None,
-        "Memory that a device may use at a time, such as 8GB; fewer layers are then worked on "
-        "together. Default: a share of what is free.",
+        "Memory that weights may take at a time, such as 8GB, on the host and on a device; fewer "
+        "layers are then worked on together, one at the least. Default: a share of what is free.",
     )
     command.platform()
     common.add_process_flags(command)
