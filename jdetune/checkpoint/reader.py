@@ -46,7 +46,7 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
       InputError: the file changed, shrank or vanished, or the dtype has no NumPy counterpart.
     """
     info = _info(checkpoint, name)
-    array = _empty(checkpoint, info, info.shape, numpy_dtype(info.dtype))
+    array = _empty(checkpoint, info, info.shape, _dtype(checkpoint, info))
     _read_into(checkpoint, info, array)
     return array
 
@@ -59,7 +59,7 @@ def read_models(checkpoints: Sequence[Checkpoint], name: str) -> np.ndarray:
       name: the tensor.
     """
     infos = [_info(checkpoint, name) for checkpoint in checkpoints]
-    dtypes = [numpy_dtype(info.dtype) for info in infos]
+    dtypes = [_dtype(c, info) for c, info in zip(checkpoints, infos, strict=True)]
     same = len(set(dtypes)) == 1
     shape = (len(infos), *infos[0].shape)
     stack = _empty(checkpoints[0], infos[0], shape, dtypes[0] if same else np.dtype(np.float32))
@@ -109,7 +109,7 @@ def deferred(checkpoint: Checkpoint, name: str) -> Deferred:
     """A tensor of a model, read when it is looked at."""
     info = _info(checkpoint, name)
     read = functools.partial(read_tensor, checkpoint, name)
-    return Deferred(numpy_dtype(info.dtype), info.shape, read)
+    return Deferred(_dtype(checkpoint, info), info.shape, read)
 
 
 def _next(pieces: Iterator[np.ndarray], checkpoint: Checkpoint) -> np.ndarray | None:
@@ -121,6 +121,16 @@ def _info(checkpoint: Checkpoint, name: str) -> TensorInfo:
     if name not in checkpoint.tensors:
         raise InputError(f"{checkpoint.path}: no tensor {printable(name)} in it.")
     return checkpoint.tensors[name]
+
+
+def _dtype(checkpoint: Checkpoint, info: TensorInfo) -> np.dtype:
+    """Its dtype, or an error that names file and tensor."""
+    if not info.is_known:
+        raise InputError(
+            f"{checkpoint.root / info.file}: dtype {info.dtype} is not known here (tensor "
+            f"{printable(info.name)}). Save the model in fp32, fp16 or bf16."
+        )
+    return numpy_dtype(info.dtype)
 
 
 def _empty(

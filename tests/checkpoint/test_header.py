@@ -8,9 +8,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from jdetune import pipeline
 from jdetune.checkpoint import open_checkpoint, read_tensor
 from jdetune.checkpoint.header import BITS, read_header
 from jdetune.errors import InputError
+from tests import pico
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -122,3 +124,43 @@ def test_nothing_is_allocated_for_a_claim(tmp_path):
         open_checkpoint(path)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
+
+
+def with_odd_tensor(path, word, n_bytes):
+    """Adds a tensor of 24 elements of a dtype that NumPy does not have."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header, size = json.loads(data[8:end]), len(data) - end
+    header["odd"] = {"dtype": word, "shape": [24], "data_offsets": [size, size + n_bytes]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:] + bytes(n_bytes))
+
+
+@pytest.mark.parametrize(("word", "n_bytes"), [("F4", 12), ("F8_E8M0", 24), ("NEW_9", 27)])
+def test_other_dtypes_are_reported_and_the_rest_is_recovered(tmp_path, word, n_bytes):
+    family = pico.make(tmp_path / "zoo")
+    for path in family.paths:
+        with_odd_tensor(path / "model.safetensors", word, n_bytes)
+    report = pipeline.run(family.paths, tmp_path / "out", recover_fn=pico.truth_teller(family.base))
+    odd = next(t for t in report["tensors"] if t["name"] == "odd")
+    assert (odd["status"], odd["dtype"]) == ("skipped", word)
+    assert f"dtype {word} is not known" in odd["reason"]
+    assert report["summary"]["exit_code"] == 5
+    assert report["summary"]["recovered"] == 4
+    assert set(open_checkpoint(tmp_path / "out" / "base").tensors) == set(family.base)
+    assert any("the base lacks 1 tensor(s), e.g. odd" in text for text in report["warnings"])
+
+
+def test_zero_sizes_scalars_and_missing_tensors_are_accounted_for(tmp_path):
+    family = pico.make(tmp_path / "zoo", n_models=4)
+    for k, (path, model) in enumerate(zip(family.paths, family.models, strict=True)):
+        more = {"empty": np.zeros((0, 5), np.float32), "scalar": np.array(k, np.float32)}
+        more |= {"hollow": np.zeros((k, 0), np.float16)} if k else {}
+        pico.write(path, {**model, **more})
+    teller = pico.truth_teller(family.base)
+    report = pipeline.run(family.paths, tmp_path / "out", recover_fn=teller)
+    status = {t["name"]: t["status"] for t in report["tensors"]}
+    assert status["empty"] == "identical"
+    assert status["scalar"] == "per_model"
+    assert status["hollow"] == "skipped"
+    assert set(status) == set(family.base) | {"empty", "scalar", "hollow"}
