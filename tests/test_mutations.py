@@ -19,8 +19,9 @@ from jdetune.result import Adapters, Recoveries, Recovery
 from jdetune.verification import verify
 from tests import mutations, pico
 
-#: Seconds that a case may take on a busy machine, and memory beside some times the files' size.
-SECONDS = 10
+#: Seconds of computing and of waiting (on a busy machine) that a case may take, and memory beside
+#: some times the file's size.
+SECONDS, PATIENCE = 5, 60
 MEMORY = 16 << 20
 TARGETS = (
     *("one/model.safetensors",) * 6,
@@ -124,7 +125,7 @@ def fuzz(tmp_path, count, seed, run_every):
         size = path.lstat().st_size if path.is_file() and what != "sparse" else 0
         good = family.paths if case % run_every == 0 else []
         before = snapshot(root, out)
-        clock = time.monotonic()
+        clock, begin = time.monotonic(), time.process_time()
         tracemalloc.reset_peak()
         start = tracemalloc.get_traced_memory()[0]
         try:
@@ -133,8 +134,9 @@ def fuzz(tmp_path, count, seed, run_every):
             print(f"case {case} of seed {seed}: {what} of {target}")
             raise
         used = tracemalloc.get_traced_memory()[1] - start
-        seconds = time.monotonic() - clock
+        seconds = time.process_time() - begin
         assert seconds < SECONDS, (case, what, target, seconds)
+        assert time.monotonic() - clock < PATIENCE, (case, what, target)
         assert used < MEMORY + 64 * size, (case, what, target, used)
         assert snapshot(root, out) == before, (case, what, target)
         counts["refused" if refused else "read"] += 1
@@ -166,7 +168,7 @@ def check(tmp_path, capsys, count, seed, run_every):
     with capsys.disabled():
         print(
             f"\n{count} damaged files: {counts['refused']} refused, {counts['read']} read right "
-            f"({counts['runs']} recovered from); slowest {slowest:.2f} s, "
+            f"({counts['runs']} recovered from); slowest {slowest:.2f} s of computing, "
             f"all {time.monotonic() - clock:.0f} s"
         )
     assert counts["refused"] > count / 3
@@ -182,4 +184,4 @@ def test_damaged_files(tmp_path, monkeypatch, capsys, traced):
 @pytest.mark.slow
 def test_thousands_of_damaged_files(tmp_path, monkeypatch, capsys, traced):
     monkeypatch.chdir(tmp_path)
-    check(tmp_path, capsys, count=2500, seed=1, run_every=10)
+    check(tmp_path, capsys, count=2200, seed=1, run_every=10)
