@@ -13,6 +13,7 @@ from jdetune.certificate import verdict
 from jdetune.checkpoint.index import Checkpoint, read_json
 from jdetune.checkpoint.manifest import EXCLUDED, Plan, TensorPlan
 from jdetune.errors import InputError
+from jdetune.report_check import is_whole
 from jdetune.result import Recovery
 from jdetune.status import Status
 
@@ -225,38 +226,11 @@ def read_report(out: str | Path) -> dict[str, Any]:
     report = read_json(path)
     if report.get("schema") != SCHEMA:
         raise InputError(f"{path}: not a {SCHEMA} report. Recover again with this version.")
-    if not _is_whole(report):
+    if not is_whole(report):
         raise InputError(f"{path}: not what `jdetune recover` wrote. Recover again.")
     return report
 
 
-def _is_whole(report: Mapping[str, Any]) -> bool:
-    """Whether it has what is read from a report, in the right types."""
-    summary, text = report.get("summary"), (str, type(None))
-    known = isinstance(summary, dict) and isinstance(summary.get("base_written"), bool)
-    return (
-        known
-        and _have(report.get("inputs"), name=str, path=str, duplicate_of=text, left_out=text)
-        and _have(report.get("tensors"), name=str, status=str)
-        and all(_is_folder_name(entry["name"]) for entry in report["inputs"])
-    )
-
-
-def _is_folder_name(name: str) -> bool:
-    return name == Path(name).name != ".." and name.isprintable() and len(name) < 256
-
-
-def _have(entries: Any, **kinds: Any) -> bool:
-    """Whether it is a list of mappings whose values have these types; text is a path's length."""
-    return isinstance(entries, list) and all(
-        isinstance(entry, dict)
-        and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
-        and len(entry.get("path") or "") < _MAX_PATH
-        for entry in entries
-    )
-
-
-_MAX_PATH = 4000
 _STATUSES = ("recovered", "identical", "consensus", "per_model", "failed", "skipped")
 
 

@@ -7,14 +7,15 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jdetune import explain
-from jdetune.busy import COMPUTE, WRITE, Busy
+from jdetune.behind import WriteBehind
+from jdetune.busy import COMPUTE
 from jdetune.checkpoint.adapter_reader import merge_peft
 from jdetune.checkpoint.manifest import GROUP_BYTES, Plan, TensorPlan, make_plan, read_stack, select
 from jdetune.checkpoint.reader import raw_bytes
@@ -155,7 +156,7 @@ def solve(
     todo = [index for index in mine if not _group_file(store, index).exists()]
     done = total - sum(len(groups[index]) for index in todo)
     busy = plan.checkpoints[0].busy
-    with _WriteBehind(busy) as writer:
+    with WriteBehind(busy) as writer:
         for index, stacks in _read_ahead(plan, todo, groups):
             step = None if progress is None else functools.partial(_step, progress, done, total)
             with busy.doing(COMPUTE):
@@ -195,33 +196,6 @@ def _read_ahead(
             ahead.extend(reader.submit(read, after) for after in indices[place + 1 : place + 2])
             yield index, stacks
             del stacks
-
-
-class _WriteBehind:
-    """Writes in a thread while the next group is solved; one waits to be written at most."""
-
-    def __init__(self, busy: Busy) -> None:
-        """Starts the thread."""
-        self._busy, self._pool = busy, ThreadPoolExecutor(1)
-        self._last: Future | None = None
-
-    def write(self, function: Callable, *arguments: Any) -> None:
-        """Hands in what is to be written; raises what went wrong with the last."""
-        if self._last is not None:
-            self._last.result()
-        self._last = self._pool.submit(self._run, function, *arguments)
-
-    def _run(self, function: Callable, *arguments: Any) -> None:
-        with self._busy.doing(WRITE):
-            function(*arguments)
-
-    def __enter__(self) -> "_WriteBehind":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        self._pool.shutdown()
-        if kind is None and self._last is not None:
-            self._last.result()
 
 
 def _group_file(store: Path, index: int) -> Path:
