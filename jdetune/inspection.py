@@ -34,10 +34,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def stored_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of all tensors."""
-    return sum(
-        math.prod(info.shape) * numpy_dtype(info.dtype).itemsize
-        for info in checkpoint.tensors.values()
-    )
+    return sum(info.n_bytes for info in checkpoint.tensors.values())
 
 
 def common_names(checkpoints: Sequence[Checkpoint]) -> tuple[list[str], list[str]]:

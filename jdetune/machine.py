@@ -7,8 +7,9 @@ import jax
 
 #: Share of the free memory that is used by default.
 SHARE = 0.6
-#: Arrays of the size of all models in float64 that a layer needs at its peak.
-COPIES = {True: 12, False: 5}
+#: Arrays of the size of all models in float64 that a layer needs at its peak, refined or not; the
+#: first as `benchmarks.pipeline` measured it on a CPU: 15.5 for 8 models of 1024 x 1024.
+COPIES = {True: 16, False: 5}
 #: Layers that one GPU or TPU works on at a time, at most.
 MOST_LAYERS = 8
 

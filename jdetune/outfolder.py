@@ -1,14 +1,16 @@
 """The output folder: what may be written where, staging, and names of models."""
 
+import errno
 import os
 import shutil
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jdetune.checkpoint.index import Checkpoint, read_json
 from jdetune.checkpoint.writer import save_json
-from jdetune.errors import InputError, OutputError
+from jdetune.errors import InputError, OutputError, WriteError
 
 STAGE = ".jdetune"
 #: In the stage: results of what was solved, what they depend on, and what is being put in place.
@@ -17,7 +19,9 @@ _STATE = "state.json"
 _PLACING = "placing.json"
 #: What jdetune leaves in OUT, in the order it is put in place; nothing else is ever removed.
 PRODUCTS = ("base", "adapters", "merged", "masks.safetensors", "report.html", "report.json")
+#: Bytes of a model's name: some disks take 255 in all, and other words are added to it.
 _MAX_NAME = 100
+_RESERVED = {"con", "prn", "aux", "nul"} | {f"{p}{k}" for p in ("com", "lpt") for k in range(10)}
 
 
 def check_out(out: Path, models: Sequence[Path], overwrite: bool) -> None:
@@ -102,7 +106,8 @@ def start_stage(out: Path, state: Mapping[str, Any] | None = None, overwrite: bo
         _remove(stage)
         (stage / SOLVED).mkdir(parents=True)
     except OSError as error:
-        raise OutputError(f"--out={out}: cannot be written ({error}). Check the rights.") from error
+        kind = WriteError if error.errno == errno.ENOSPC else OutputError
+        raise kind(f"--out={out}: cannot be written ({error}). Check space and rights.") from error
     if state is not None:
         save_json(stage / _STATE, state)
     return stage
@@ -133,7 +138,7 @@ def place(out: Path, stage: Path) -> None:
         (stage / _PLACING).unlink()
         if not isinstance(error, OSError):
             raise
-        raise OutputError(f"--out={out}: cannot be finished ({error}); see {stage}.") from error
+        raise WriteError(f"--out={out}: cannot be finished ({error}); see {stage}.") from error
     _remove_stage(out, stage)
 
 
@@ -145,7 +150,7 @@ def finish_placing(out: Path) -> bool:
     try:
         _move_all(out, stage, read_json(stage / _PLACING)["products"], [])
     except OSError as error:
-        raise OutputError(f"--out={out}: cannot be finished ({error}); see {stage}.") from error
+        raise WriteError(f"--out={out}: cannot be finished ({error}); see {stage}.") from error
     _remove_stage(out, stage)
     return True
 
@@ -175,7 +180,7 @@ def _remove_stage(out: Path, stage: Path) -> None:
                 _remove(path)
         _remove(stage)
     except OSError as error:
-        raise OutputError(f"--out={out}: {stage} cannot be removed ({error}).") from error
+        raise WriteError(f"--out={out}: {stage} cannot be removed ({error}).") from error
 
 
 def model_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -197,14 +202,16 @@ def model_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 
 def safe_name(name: str) -> str:
-    """A folder name of letters, digits, dot, dash and underscore that does not start with a dot.
+    """A folder name of letters, digits, dot, dash and underscore that every system takes.
 
     Example:
-      >>> safe_name("my model/.."), safe_name("..")
-      ('my-model-..', 'model')
+      >>> safe_name("my model/.."), safe_name(".."), safe_name("con.txt")
+      ('my-model', 'model', 'model-con.txt')
     """
-    kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
-    return kept.lstrip(".-")[:_MAX_NAME] or "model"
+    plain = unicodedata.normalize("NFC", name)
+    kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in plain).lstrip(".-")
+    short = kept.encode()[:_MAX_NAME].decode(errors="ignore").rstrip(".-") or "model"
+    return f"model-{short}" if short.split(".")[0].casefold() in _RESERVED else short
 
 
 def _is_empty(out: Path) -> bool:

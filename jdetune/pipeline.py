@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from jdetune import outfolder, report
+from jdetune.busy import WRITE, Busy
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
 from jdetune.checkpoint.manifest import Plan, make_plan, select
+from jdetune.checkpoint.sidefiles import code_left_out
 from jdetune.checkpoint.writer import save_json
 from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError
@@ -31,8 +33,12 @@ from jdetune.status import Status
 __all__ = ["Options", "check_out", "default_recover", "open_models", "plan_models", "run"]
 
 
-def open_models(models: Sequence[str | Path]) -> list[Checkpoint]:
+def open_models(models: Sequence[str | Path], trust_remote_code: bool = False) -> list[Checkpoint]:
     """Opens the models and gives them names that are safe and unique.
+
+    Args:
+      models: folders or ``.safetensors`` files, at least three.
+      trust_remote_code: also copy Python files, and config that makes transformers run them.
 
     Raises:
       InputError: fewer than three are given, or one cannot be read.
@@ -42,9 +48,10 @@ def open_models(models: Sequence[str | Path]) -> list[Checkpoint]:
             f"{len(models)} model(s) given; at least three are needed. "
             f"{_capital(Status.TOO_FEW_MODELS.message)}"
         )
-    opened = [open_checkpoint(path) for path in models]
-    names = outfolder.model_names(opened)
-    return [dataclasses.replace(c, name=name) for c, name in zip(opened, names, strict=True)]
+    opened = [open_checkpoint(path, trust_remote_code) for path in models]
+    names, busy = outfolder.model_names(opened), Busy()
+    pairs = zip(opened, names, strict=True)
+    return [dataclasses.replace(c, name=name, busy=busy) for c, name in pairs]
 
 
 def check_out(out: str | Path, checkpoints: Sequence[Checkpoint], options: Options) -> None:
@@ -109,7 +116,7 @@ def _run(
     processes: Processes,
 ) -> dict[str, Any]:
     started, clock = datetime.datetime.now(datetime.UTC), _Clock()
-    checkpoints = open_models(models)
+    checkpoints = open_models(models, options.trust_remote_code)
     placed = processes.exchange(processes.first and outfolder.finish_placing(out))[0]
     if placed:  # all but that was done when the former run was killed
         done = report.read_report(out)
@@ -128,7 +135,8 @@ def _run(
     )
     clock.lap("recover")
     base, left_out = None, set()
-    written = write_products(plan, results, stage, options.masks, progress, processes)
+    with checkpoints[0].busy.doing(WRITE):
+        written = write_products(plan, results, stage, options.masks, progress, processes)
     if written is not None:
         dtypes = sorted({r.base_dtype for r in results if r.recovery and r.base_dtype})
         said = ", ".join(dtypes) or None
@@ -145,7 +153,8 @@ def _run(
     )
     content = {
         **head,
-        "timing": report.timing(clock.laps, clock.total, results, processes.count),
+        "timing": report.timing(clock.laps, clock.total, results, processes.count)
+        | report.overlap(checkpoints[0].busy, clock.total),
         "inputs": _input_entries(checkpoints, plan, results),
         "base": base,
         "summary": report.summary(results, base is not None),
@@ -164,7 +173,7 @@ def _state(plan: Plan, options: Options) -> dict[str, Any]:
     """What the results depend on: an interrupted run goes on only where all of it is the same."""
     import jax
 
-    kept = ("include", "exclude", "masks", "max_memory")
+    kept = ("include", "exclude", "masks", "max_memory", "trust_remote_code")
     return {
         "models": {"names": [c.name for c in plan.checkpoints], "content": plan.fingerprint},
         "flags": {"solver": repr(options.solver), **{k: getattr(options, k) for k in kept}},
@@ -252,6 +261,13 @@ def _warnings(plan: Plan, written: bool) -> list[str]:
     missing = [t for t in plan.tensors if t.action in ("per_model", "failed", "skipped")]
     voted = [t for t in plan.tensors if t.action == "consensus"]
     lines = [*plan.warnings, *twins]
+    template = plan.checkpoints[0]
+    code = () if template.trusted else code_left_out(template.root, template.side_files)
+    if code and written:
+        lines.append(
+            f"code of {template.name} was left out ({', '.join(code)}): the base has no auto_map. "
+            "Add --trust_remote_code if you trust where the models are from"
+        )
     if voted and written:
         lines.append(
             f"{len(voted)} tensor(s), e.g. {voted[0].name}, are the majority's copy: "

@@ -1,7 +1,6 @@
 """Writes base, adapters and masks of a recovery; each process writes its share of the files."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from jdetune.checkpoint.adapters import write_adapter
 from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.manifest import Plan
-from jdetune.checkpoint.reader import numpy_dtype, raw_bytes, read_tensor
+from jdetune.checkpoint.reader import deferred, raw_bytes, read_tensor
 from jdetune.checkpoint.stacks import factors_of
 from jdetune.checkpoint.writer import Shard, finish_shards, save_safetensors, save_shard
 from jdetune.deferred import Deferred
@@ -54,7 +53,7 @@ def write_products(
         if name in found:
             return found[name].base
         source = sources.get(name)
-        return None if source is None else _deferred(plan.checkpoints[source], name)
+        return None if source is None else deferred(plan.checkpoints[source], name)
 
     files: list[str | int] = [*template.files, *range(len(plan.checkpoints))]
     mine = files[processes.index :: processes.count]
@@ -74,13 +73,6 @@ def write_products(
         finish_shards(template, stage / "base", everything)
     left_out = {name for part in written for name in part["left_out"]}
     return sum(shard.n_parameters for shard in everything), left_out
-
-
-def _deferred(checkpoint: Checkpoint, name: str) -> Deferred:
-    """A tensor of a model, read when it is written."""
-    info = checkpoint.tensors[name]
-    read = functools.partial(read_tensor, checkpoint, name)
-    return Deferred(numpy_dtype(info.dtype), info.shape, read)
 
 
 def _mask(certain: Any) -> Deferred:

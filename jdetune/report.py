@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from jdetune.busy import COMPUTE, READ, TRANSFER, WRITE, Busy
 from jdetune.certificate import verdict
 from jdetune.checkpoint.index import Checkpoint, read_json
 from jdetune.checkpoint.manifest import EXCLUDED, Plan, TensorPlan
 from jdetune.errors import InputError
+from jdetune.report_check import is_whole
 from jdetune.result import Recovery
 from jdetune.status import Status
 
@@ -195,6 +197,27 @@ def timing(
     }
 
 
+def overlap(busy: Busy, seconds: float) -> dict[str, float]:
+    """How well reading, writing and computing overlapped, as the first process saw it.
+
+    Args:
+      busy: what was done when.
+      seconds: of the whole run.
+
+    Returns:
+      Seconds in which anything was read, written, either of both (``transferring``) or computed
+      (digests are), and ``over_larger``: the run's time over the larger of the last two.
+    """
+    transfer, compute = busy.seconds(TRANSFER), busy.seconds(COMPUTE)
+    return {
+        "reading": round(busy.seconds(READ), 3),
+        "writing": round(busy.seconds(WRITE), 3),
+        "transferring": round(transfer, 3),
+        "computing": round(compute, 3),
+        "over_larger": round(seconds / max(transfer, compute, 1e-9), 3),
+    }
+
+
 def read_report(out: str | Path) -> dict[str, Any]:
     """Reads OUT/report.json and checks its schema."""
     path = Path(out) / "report.json"
@@ -203,6 +226,8 @@ def read_report(out: str | Path) -> dict[str, Any]:
     report = read_json(path)
     if report.get("schema") != SCHEMA:
         raise InputError(f"{path}: not a {SCHEMA} report. Recover again with this version.")
+    if not is_whole(report):
+        raise InputError(f"{path}: not what `jdetune recover` wrote. Recover again.")
     return report
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from jdetune import explain
+from jdetune.behind import WriteBehind
+from jdetune.busy import COMPUTE
 from jdetune.checkpoint.adapter_reader import merge_peft
 from jdetune.checkpoint.manifest import GROUP_BYTES, Plan, TensorPlan, make_plan, read_stack, select
 from jdetune.checkpoint.reader import raw_bytes
@@ -42,7 +44,9 @@ class Options:
       exclude: regular expression; matching matrices are left out.
       overwrite: replace a former output.
       masks: also write which elements of the base are certain.
-      max_memory: bytes that a device may use at a time; a share of what is free if None.
+      max_memory: bytes that weights may take at a time, on the host and on a device, beside what a
+        single layer needs; a share of what is free if None.
+      trust_remote_code: also copy Python files, and config that makes transformers run them.
       command: what to name in the report as the command.
     """
 
@@ -52,14 +56,27 @@ class Options:
     overwrite: bool = False
     masks: bool = False
     max_memory: int | None = None
+    trust_remote_code: bool = False
     command: str = "jdetune.pipeline.run"
 
 
 def group_bytes(options: Options) -> int:
-    """Size of a group of matrices: one is solved, one is read ahead, one's results are written."""
+    """Size of a group of matrices: one is solved, one read ahead, results of a third written.
+
+    What is left of the budget is the solver's, see ``solver_memory``.
+    """
     if options.max_memory is None:
         return GROUP_BYTES
-    return min(GROUP_BYTES, options.max_memory // 4)
+    return min(GROUP_BYTES, options.max_memory // 8)
+
+
+def solver_memory(options: Options) -> int | None:
+    """Bytes that are left for solving: half where it is the host's memory, else the device's."""
+    if options.max_memory is None:
+        return None
+    import jax
+
+    return options.max_memory // 2 if jax.default_backend() == "cpu" else options.max_memory
 
 
 def solve_one_base(
@@ -138,13 +155,16 @@ def solve(
     total = sum(len(groups[index]) for index in mine)
     todo = [index for index in mine if not _group_file(store, index).exists()]
     done = total - sum(len(groups[index]) for index in todo)
-    for index, stacks in _read_ahead(plan, todo, groups):
-        step = None if progress is None else functools.partial(_step, progress, done, total)
-        results, notes = _solve_group(plan, stacks, options, step, recover_fn)
-        save_results(_group_file(store, index), results, notes)
-        done += len(groups[index])
-        if progress is not None:
-            progress("recover", done, total)
+    busy = plan.checkpoints[0].busy
+    with WriteBehind(busy) as writer:
+        for index, stacks in _read_ahead(plan, todo, groups):
+            step = None if progress is None else functools.partial(_step, progress, done, total)
+            with busy.doing(COMPUTE):
+                results, notes = _solve_group(plan, stacks, options, step, recover_fn)
+            writer.write(save_results, _group_file(store, index), results, notes)
+            done += len(groups[index])
+            if progress is not None:
+                progress("recover", done, total)
     processes.exchange("solved")
     solved: dict[str, TensorResult] = {}
     notes = []
@@ -194,7 +214,7 @@ def _solve_group(
     recover_fn: RecoverFn | None,
 ) -> tuple[dict[str, TensorResult], list[explain.Note]]:
     """Results and repairs of matrices of one shape."""
-    recover = recover_fn or functools.partial(default_recover, max_memory=options.max_memory)
+    recover = recover_fn or functools.partial(default_recover, max_memory=solver_memory(options))
     planned = {tensor.name: tensor for tensor in plan.tensors}
     rows = [plan.solved.index(i) for i in plan.alike]
     names = [c.name for c in plan.checkpoints]

@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 
 #: Later layers may import earlier ones, never the other way.
 LAYERS = [
-    {"types", "deferred", "errors", "status", "metrics"},
+    {"types", "behind", "busy", "deferred", "errors", "status", "metrics"},
     {"noise", "linalg", "result", "rank_schedule", "synth"},
     {"stack", "core", "ranks", "factors"},
     {"solvers"},
@@ -45,6 +45,7 @@ LAYERS = [
         "store",
         "products",
         "report",
+        "report_check",
         "inspection",
         "verification",
         "extraction",

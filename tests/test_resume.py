@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import subprocess
 import threading
 import time
@@ -17,30 +18,30 @@ from tests.test_distributed import command, files_of, plain_environment, untimed
 MILESTONES = ("state.json", "solved/first/group-00000.safetensors", "base", "adapters")
 
 
-def kill_often(tmp_path, milestones, rng):
-    """Kills a run just after each milestone, then lets it end; returns how often it was killed."""
-    paths = write_family(tmp_path)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    options = {"env": plain_environment(), "capture_output": True, "timeout": 300}
-    subprocess.run(command(paths, whole, "--masks"), check=True, **options)
-    killed = 0
-    for milestone in milestones:
-        process = subprocess.Popen(
-            command(paths, broken, "--masks"),
-            env=plain_environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        while process.poll() is None and not (broken / ".jdetune" / milestone).exists():
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.2))
-        process.kill()
-        killed += process.wait() == -9
-        if (broken / "report.json").exists() and not (broken / ".jdetune").exists():
-            break
-    if not (broken / "report.json").exists() or (broken / ".jdetune").exists():
-        subprocess.run(command(paths, broken, "--masks"), check=True, **options)
-    assert not (broken / ".jdetune").exists()
+def start(paths, out):
+    return subprocess.Popen(
+        command(paths, out, "--masks"),
+        env=plain_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def is_done(out):
+    return (out / "report.json").exists() and not (out / ".jdetune").exists()
+
+
+def is_whole_or_unfinished(out):
+    """What must hold at any moment: all in place, or the state is there that says otherwise."""
+    if not out.exists() or (out / ".jdetune").exists():
+        return True
+    return not list(out.iterdir()) or {p.name for p in out.iterdir()} == PRODUCTS
+
+
+PRODUCTS = {"base", "adapters", "masks.safetensors", "report.json"}
+
+
+def assert_same(whole, broken):
     one, two = files_of(whole), files_of(broken)
     assert list(one) == list(two)
     for name in one:
@@ -48,24 +49,90 @@ def kill_often(tmp_path, milestones, rng):
             assert one[name].read_bytes() == two[name].read_bytes(), name
     first, second = (json.loads(f["report.json"].read_text()) for f in (one, two))
     assert untimed(first) == untimed(second)
+
+
+def kill(process, rng):
+    """Ends it as the system or an impatient person does; whether it was still at work."""
+    if rng.random() < 0.7:
+        process.kill()
+        return process.wait() == -signal.SIGKILL
+    process.send_signal(signal.SIGINT)
+    time.sleep(rng.uniform(0, 0.05))
+    process.send_signal(signal.SIGINT)
+    return process.wait(timeout=120) in (130, -signal.SIGINT)
+
+
+def kill_until_done(paths, out, rng, moments):
+    """Kills a run at each moment, then lets it end; returns how often it was at work.
+
+    Args:
+      paths: models.
+      out: output folder.
+      rng: chooses.
+      moments: waits for a process that goes on, one a kill.
+    """
+    killed = 0
+    for wait in moments:
+        process = start(paths, out)
+        wait(process)
+        killed += kill(process, rng)
+        assert is_whole_or_unfinished(out)
+        if is_done(out):
+            break
+    if not is_done(out):
+        assert start(paths, out).wait(timeout=300) == 0
+    assert is_done(out)
     return killed
 
 
-def test_killed_runs_go_on(tmp_path):
-    assert kill_often(tmp_path, MILESTONES[:3], random.Random(0)) > 0
+def after(out, milestone, rng):
+    """Waits until a file is there, and a little longer."""
+
+    def wait(process):
+        while process.poll() is None and not (out / ".jdetune" / milestone).exists():
+            time.sleep(0.001)
+        time.sleep(rng.choice([0, rng.uniform(0, 0.2)]))
+
+    return wait
+
+
+def test_killed_runs_go_on(tmp_path, capsys):
+    rng, paths, out = random.Random(0), write_family(tmp_path), tmp_path / "broken"
+    assert start(paths, tmp_path / "whole").wait(timeout=300) == 0
+    moments = [after(out, milestone, rng) for milestone in MILESTONES[:3]]
+    killed = kill_until_done(paths, out, rng, moments)
+    with capsys.disabled():
+        print(f"\n{killed} kills in one run, which ended with the bytes of an uninterrupted one")
+    assert killed > 0
+    assert_same(tmp_path / "whole", out)
 
 
 @pytest.mark.slow
 def test_fifty_random_kills(tmp_path, capsys):
-    rng = random.Random(1)
+    """At milestones, and at any moment of the time that a whole run takes."""
+    rng, paths = random.Random(1), write_family(tmp_path)
+    assert start(paths, tmp_path / "whole").wait(timeout=300) == 0  # compiles what is kept
+    clock = time.monotonic()
+    assert start(paths, tmp_path / "again").wait(timeout=300) == 0
+    seconds = time.monotonic() - clock
+    assert_same(tmp_path / "whole", tmp_path / "again")
     killed = runs = 0
     while killed < 50:
-        milestones = rng.choices(MILESTONES, k=4)
-        found = kill_often(tmp_path / str(runs), milestones, rng)
-        assert found, "every run ended before it was killed"
+        out = tmp_path / f"broken-{runs}"
+
+        def at_random(process):
+            time.sleep(rng.uniform(0.1, 1.0) * seconds)
+
+        moments = [
+            rng.choice([at_random, after(out, rng.choice(MILESTONES), rng)])
+            for _ in range(rng.randint(2, 6))
+        ]
+        found = kill_until_done(paths, out, rng, moments)
+        assert_same(tmp_path / "whole", out)
         killed, runs = killed + found, runs + 1
+        assert runs < 100, "runs end before they are killed"
     with capsys.disabled():
-        print(f"{killed} kills in {runs} runs, each with the bytes of an uninterrupted one")
+        print(f"\n{killed} kills in {runs} runs, each with the bytes of an uninterrupted one")
 
 
 def interrupted(tmp_path):
@@ -177,9 +244,57 @@ def test_the_next_group_is_read_while_one_is_solved(tmp_path, monkeypatch):
     assert report["summary"]["recovered"] == 4
 
 
-def test_groups_are_a_quarter_of_the_budget():
-    assert solving.group_bytes(pipeline.Options(max_memory=4000)) == 1000
+def test_results_are_written_while_the_next_group_is_solved(tmp_path, monkeypatch):
+    one_by_one(monkeypatch)
+    family = pico.make(tmp_path / "zoo")
+    teller, honest = pico.truth_teller(family.base), solving.save_results
+    solving_next, written = threading.Event(), []
+
+    def save(path, results, notes):
+        if not written:
+            assert solving_next.wait(10)  # would never come without writing behind
+        written.append(path.name)
+        honest(path, results, notes)
+
+    def solve(stacks, **options):
+        if "layer.0.query" not in next(iter(stacks)):
+            solving_next.set()
+        return teller(stacks, **options)
+
+    monkeypatch.setattr(solving, "save_results", save)
+    report = pipeline.run(family.paths, tmp_path / "out", recover_fn=solve)
+    assert report["summary"]["recovered"] == 4
+    assert written == [f"group-{k:05d}.safetensors" for k in range(4)]
+    timing = report["timing"]
+    assert 0 < timing["transferring"] <= timing["reading"] + timing["writing"]
+    assert timing["over_larger"] >= 1.0
+
+
+def test_what_fails_behind_is_raised(tmp_path, monkeypatch):
+    one_by_one(monkeypatch)
+    family = pico.make(tmp_path / "zoo")
+    solved = []
+
+    def save(path, results, notes):
+        raise OutputError("no space")
+
+    def solve(stacks, **options):
+        solved.extend(stacks)
+        return pico.truth_teller(family.base)(stacks, **options)
+
+    monkeypatch.setattr(solving, "save_results", save)
+    with pytest.raises(OutputError, match="no space"):
+        pipeline.run(family.paths, tmp_path / "out", recover_fn=solve)
+    assert len(solved) == 2  # one was solved before the failure of the first was looked at
+
+
+def test_groups_are_an_eighth_of_the_budget_and_the_solver_has_half(monkeypatch):
+    assert solving.group_bytes(pipeline.Options(max_memory=8000)) == 1000
     assert solving.group_bytes(pipeline.Options()) == solving.GROUP_BYTES
+    assert solving.solver_memory(pipeline.Options()) is None
+    assert solving.solver_memory(pipeline.Options(max_memory=8000)) == 4000
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert solving.solver_memory(pipeline.Options(max_memory=8000)) == 8000
 
 
 def test_a_small_budget_makes_more_groups_and_the_same_files(tmp_path):
@@ -192,7 +307,7 @@ def test_a_small_budget_makes_more_groups_and_the_same_files(tmp_path):
         return teller(stacks, **options)
 
     pipeline.run(family.paths, tmp_path / "one", recover_fn=counting)
-    small = pipeline.Options(max_memory=4 * 3 * 48 * 32 * 4)
+    small = pipeline.Options(max_memory=8 * 3 * 48 * 32 * 4)
     pipeline.run(family.paths, tmp_path / "many", small, recover_fn=counting)
     assert calls == [4, 1, 1, 1, 1]
     one, many = files_of(tmp_path / "one"), files_of(tmp_path / "many")

@@ -16,6 +16,9 @@ from jdetune.checkpoint.index import open_checkpoint, read_json
 from jdetune.checkpoint.reader import read_tensor
 from jdetune.errors import InputError
 
+PICKLED_NAME = "adapter_model.bin"
+#: Characters of a key of ``rank_pattern``.
+_MAX_KEY = 1000
 _SUFFIXES = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -79,7 +82,8 @@ def read_adapter(path: str | Path) -> Adapter:
     """
     path = Path(path)
     config = _read_config(path)
-    checkpoint = open_checkpoint(path / WEIGHTS_NAME)
+    pickled = path / PICKLED_NAME
+    checkpoint = open_checkpoint(pickled if _only(pickled) else path / WEIGHTS_NAME)
     parts: dict[str, dict[str, np.ndarray]] = {}
     saved: dict[str, np.ndarray] = {}
     for key in checkpoint.tensors:
@@ -127,7 +131,7 @@ def merge_peft(
     """
     kind = base.dtype if dtype is None else dtype
     update = product(left.astype(np.float32), right.astype(np.float32))
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         if rounding == "R3":
             update = update.astype(kind).astype(np.float32)
         update = np.float32(scaling) * update
@@ -142,7 +146,33 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path / CONFIG_NAME)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise InputError(f"{path / CONFIG_NAME}: only plain LoRA adapters can be read, not DoRA.")
+    numbers = [config.get("lora_alpha", 8)]
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = {} if config.get(key) is None else config[key]
+        if not isinstance(pattern, dict) or not all(map(_is_usable, pattern)):
+            raise InputError(
+                f"{path / CONFIG_NAME}: {key} is not a mapping of module names, or of simple "
+                "regular expressions for them. Write the modules' names out."
+            )
+        numbers += pattern.values()
+    if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+        raise InputError(f"{path / CONFIG_NAME}: lora_alpha or a pattern of it is no number.")
     return config
+
+
+def _only(pickled: Path) -> bool:
+    """Whether the weights are there as a pickle alone, which is refused with a remedy."""
+    return pickled.exists() and not pickled.with_name(WEIGHTS_NAME).exists()
+
+
+def _is_usable(key: str) -> bool:
+    """Whether it is a regular expression, and none that could take for ever."""
+    try:
+        re.compile(key)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    repeats = len(re.findall(r"[*+{]", key))
+    return len(key) <= _MAX_KEY and repeats <= 2 and not re.search(r"\)[*+{]", key)
 
 
 def _update(

@@ -9,8 +9,9 @@ import numpy as np
 
 from jdetune.checkpoint import peft_layout as layout
 from jdetune.checkpoint.index import Checkpoint
-from jdetune.checkpoint.reader import read_tensor
+from jdetune.checkpoint.reader import deferred
 from jdetune.checkpoint.writer import save_json, save_safetensors, save_text
+from jdetune.deferred import Deferred
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -88,10 +89,10 @@ def write_adapter(
     kept = {name: pair for name, pair in nonzero.items() if layout.is_targetable(name)}
     if not kept and not saved:
         kept = _zero_update(factors, checkpoint)
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, np.ndarray | Deferred] = {}
     for name, (left, right) in kept.items():
         tensors.update(_lora_tensors(layout.module_of(name), left, right, checkpoint.config))
-    tensors.update({layout.PREFIX + name: read_tensor(checkpoint, name) for name in saved})
+    tensors.update({layout.PREFIX + name: deferred(checkpoint, name) for name in saved})
     ranks = {layout.module_of(name): pair[0].shape[1] for name, pair in kept.items()}
     config = _config(ranks, whole, modules, checkpoint.config, base)
     save_safetensors(path / WEIGHTS_NAME, tensors)

@@ -5,52 +5,24 @@ Knows Hugging Face directories (one ``model.safetensors``, or shards with an ind
 """
 
 import dataclasses
-import json
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from jdetune.errors import InputError
+from jdetune.busy import Busy
+from jdetune.checkpoint import sidefiles
+from jdetune.checkpoint.files import Stamp, check_inside, check_regular, read_whole, unreadable
+from jdetune.checkpoint.header import DTYPES, read_header
+from jdetune.checkpoint.strict_json import MAX_BYTES, parse_object
+from jdetune.errors import InputError, printable
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "1_Pooling/config.json",
-)
-_SIDE_PATTERNS = ("tokenizer*", "vocab*", "merges*", "chat_template*", "*.spm", "spiece.model")
-_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken")
-#: Names of safetensors' header dtypes in NumPy's words.
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "C64": "complex64",
-}
 FLOATS = ("float32", "float16", "bfloat16")
+_KNOWN = frozenset(DTYPES.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,19 +32,30 @@ class TensorInfo:
     Attributes:
       name: the tensor's name in the checkpoint.
       file: file name inside the checkpoint's folder.
-      dtype: NumPy's (or ml_dtypes') word for the dtype.
+      dtype: NumPy's (or ml_dtypes') word for the dtype; the header's own where they have none.
       shape: its shape.
+      start: its first byte in the file.
+      n_bytes: its size.
+      stamp: which file the header was read from.
     """
 
     name: str
     file: str
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    n_bytes: int
+    stamp: Stamp
 
     @property
     def is_matrix(self) -> bool:
         """Whether it is a 2-D tensor of a float dtype that can be recovered."""
         return len(self.shape) == 2 and self.dtype in FLOATS
+
+    @property
+    def is_known(self) -> bool:
+        """Whether NumPy or ml_dtypes have its dtype."""
+        return self.dtype in _KNOWN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +70,8 @@ class Checkpoint:
       config: contents of config.json, empty where there is none.
       side_files: config and tokenizer files that belong with the weights, relative to ``root``.
       path: what was opened, folder or file.
+      trusted: whether code that comes with it, and config that names it, is copied too.
+      busy: told when it is read.
     """
 
     name: str
@@ -96,18 +81,21 @@ class Checkpoint:
     config: Mapping[str, Any]
     side_files: tuple[str, ...]
     path: Path
+    trusted: bool = False
+    busy: Busy = dataclasses.field(default_factory=Busy, compare=False, repr=False)
 
     @property
     def n_parameters(self) -> int:
         """Number of elements in all tensors."""
-        return sum(_size(info.shape) for info in self.tensors.values())
+        return sum(math.prod(info.shape) for info in self.tensors.values())
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkpoint:
     """Reads the headers of a checkpoint.
 
     Args:
       path: a Hugging Face directory or a ``.safetensors`` file.
+      trust_remote_code: also copy Python files, and config that makes transformers run them.
 
     Returns:
       The checkpoint's names, shapes, dtypes and files.
@@ -116,15 +104,31 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
       InputError: the path is missing, holds no safetensors weights, or they are damaged.
     """
     path = Path(path)
-    if not path.exists():
+    try:
+        found = os.stat(path)
+        if path.is_dir():
+            return _open_folder(path, trust_remote_code)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{path}: no such file or directory. Give a local folder with {SINGLE_NAME} or its "
             "shards, or a .safetensors file."
-        )
-    if path.is_file():
-        return _open_file(path)
+        ) from error
+    except (OSError, ValueError) as error:
+        raise unreadable(Path(printable(path)), error) from error
+    check_regular(path, found)
+    return _open_file(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object, or an InputError that names the file."""
+    return parse_object(read_whole(path, MAX_BYTES), path)
+
+
+def _open_folder(path: Path, trusted: bool) -> Checkpoint:
     config = _read_config(path)
     files, weight_map = _find_shards(path)
+    for name in files:
+        check_inside(path / name, path)
     tensors = _read_shards(path, files)
     if weight_map is not None:
         _check_index(path, weight_map, tensors)
@@ -134,20 +138,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         tensors=tensors,
         files=files,
         config=config,
-        side_files=_find_side_files(path),
+        side_files=sidefiles.find(path, trusted),
         path=path,
+        trusted=trusted,
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object, or an InputError that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}). Copy the file again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object was expected. Copy the file again.")
-    return value
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -178,7 +172,16 @@ def _read_config(root: Path) -> dict[str, Any]:
     path = root / "config.json"
     if not path.is_file():
         return {}
+    check_inside(path, root)
     config = read_json(path)
+    names = config.get("architectures")
+    if not isinstance(config.get("model_type", ""), str | None) or not (
+        names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names))
+    ):
+        raise InputError(
+            f"{path}: model_type is not text, or architectures is not a list of names. Copy the "
+            "file again."
+        )
     if config.get("quantization_config"):
         raise InputError(
             f"{path}: has quantization_config. Quantised weights are not the base plus a low-rank "
@@ -195,6 +198,8 @@ def _find_shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
         return _read_index(root)
     names = sorted(p.name for p in root.iterdir() if p.suffix == ".safetensors")
     weights = [name for name in names if not name.startswith("adapter_")]
+    if len(weights) > 1:  # other formats' copies of the same weights
+        weights = [name for name in weights if not name.startswith("consolidated")] or weights
     if len(weights) == 1:
         return (weights[0],), None
     if weights:
@@ -218,18 +223,20 @@ def _find_shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
 
 def _read_index(root: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     path = root / INDEX_NAME
-    weight_map = read_json(path).get("weight_map")
+    check_inside(path, root)
+    weight_map = parse_object(read_whole(path, MAX_BYTES), path, constants=False).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: no weight_map in it. Copy the index again.")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _is_plain_name(name):
             raise InputError(
-                f"{path}: shard {name!r} of tensor {tensor} is not a plain file name. Shards must "
-                "lie in the index's own folder; do not use this checkpoint if you do not trust it."
+                f"{path}: shard {printable(name)!r} of tensor {printable(tensor)} is not a plain "
+                "file name. Shards must lie in the index's own folder; do not use this checkpoint "
+                "if you do not trust it."
             )
     files = tuple(sorted(set(weight_map.values())))
     for name in files:
-        if not (root / name).is_file():
+        if not os.path.lexists(root / name):
             raise InputError(
                 f"{root / name}: this shard is named in {INDEX_NAME} but missing. Download the "
                 "checkpoint again."
@@ -248,27 +255,20 @@ def _read_shards(root: Path, files: tuple[str, ...]) -> dict[str, TensorInfo]:
         for info in _read_header(root / name):
             if info.name in tensors:
                 raise InputError(
-                    f"{root / name}: tensor {info.name} is also in {tensors[info.name].file}. "
-                    "Save the model again, so that every tensor is in one shard."
+                    f"{root / name}: tensor {printable(info.name)} is also in "
+                    f"{tensors[info.name].file}. Save the model again, so that every tensor is "
+                    "in one shard."
                 )
             tensors[info.name] = info
     return tensors
 
 
 def _read_header(path: Path) -> list[TensorInfo]:
-    try:
-        with safe_open(path, framework="np") as handle:
-            infos = []
-            for name in handle.offset_keys():
-                view = handle.get_slice(name)
-                dtype = str(view.get_dtype())
-                shape = tuple(view.get_shape())
-                infos.append(TensorInfo(name, path.name, DTYPES.get(dtype, dtype), shape))
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: not a whole safetensors file ({error}). Download or copy it again."
-        ) from error
-    return infos
+    found = read_header(path)
+    return [
+        TensorInfo(e.name, path.name, DTYPES.get(e.word, e.word), e.shape, *e[3:], found.stamp)
+        for e in found.entries
+    ]
 
 
 def _check_index(
@@ -278,27 +278,12 @@ def _check_index(
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
             raise InputError(
-                f"{path}: tensor {name} is not in {file}. The index belongs to other shards: "
-                "copy index and shards together."
+                f"{path}: tensor {printable(name)} is not in {file}. The index belongs to "
+                "other shards: copy index and shards together."
             )
     for name, info in tensors.items():
         if name not in weight_map:
             raise InputError(
-                f"{path}: tensor {name} of {info.file} is not listed. The index belongs to other "
-                "shards: copy index and shards together."
+                f"{path}: tensor {printable(name)} of {info.file} is not listed. The index "
+                "belongs to other shards: copy index and shards together."
             )
-
-
-def _find_side_files(root: Path) -> tuple[str, ...]:
-    found = {name for name in _SIDE_FILES if (root / name).is_file()}
-    for pattern in _SIDE_PATTERNS:
-        matches = (p for p in root.glob(pattern) if p.is_file() and p.suffix in _SIDE_SUFFIXES)
-        found.update(p.name for p in matches)
-    return tuple(sorted(name for name in found if not name.endswith(".index.json")))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size

@@ -6,11 +6,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from jdetune.checkpoint.index import FLOATS, Checkpoint, TensorInfo
-from jdetune.checkpoint.reader import digest, numpy_dtype, read_tensor
+from jdetune.checkpoint.reader import numpy_dtype, read_models, tensor_digest
 from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError, NotOneBaseError
 
@@ -18,6 +19,8 @@ from jdetune.errors import InputError, NotOneBaseError
 GROUP_BYTES = 2 << 30
 #: Matrices that are solved together at most.
 GROUP_LAYERS = 32
+#: Threads that compare.
+READERS = 4
 #: Reason of a matrix that the caller's regular expressions left out.
 EXCLUDED = "left out by --include or --exclude"
 
@@ -198,10 +201,7 @@ def group_tensors(
 
 def read_stack(checkpoints: Sequence[Checkpoint], name: str) -> np.ndarray:
     """One matrix of all models, [model, row, col]; float32 holds dtypes that differ."""
-    models = [read_tensor(checkpoint, name) for checkpoint in checkpoints]
-    if len({model.dtype for model in models}) > 1:
-        models = [model.astype(np.float32) for model in models]
-    return np.stack(models)
+    return read_models(checkpoints, name)
 
 
 def _infos(checkpoints: Sequence[Checkpoint], name: str) -> list[TensorInfo | None]:
@@ -225,11 +225,19 @@ def _all_marks(
     infos = [next(i for i in _infos(checkpoints, name) if i is not None) for name in names]
     mine = processes.share([math.prod(info.shape) for info in infos])
     own: dict[str, list[str | None]] = {}
-    for done, index in enumerate(mine):
-        marks = _marks(checkpoints, names[index])
-        own[names[index]] = [None if mark is None else mark.hex() for mark in marks]
-        if progress is not None:
-            progress(done + 1, len(mine))
+
+    def marks_of(index: int) -> tuple[bytes | None, ...]:
+        return _marks(checkpoints, names[index])
+
+    pool = ThreadPoolExecutor(READERS)  # one reads while another digests
+    try:
+        found_marks = pool.map(marks_of, mine)
+        for done, (index, marks) in enumerate(zip(mine, found_marks, strict=True)):
+            own[names[index]] = [None if mark is None else mark.hex() for mark in marks]
+            if progress is not None:
+                progress(done + 1, len(mine))
+    finally:
+        pool.shutdown(cancel_futures=True)
     found: dict[str, list[str | None]] = {}
     for part in processes.exchange(own):
         found.update(part)
@@ -246,9 +254,9 @@ def _marks(checkpoints: Sequence[Checkpoint], name: str) -> tuple[bytes | None, 
         if info is None:
             marks.append(None)
         else:
-            values = read_tensor(checkpoint, name)
-            values = values.astype(np.float32) if widen else values
-            marks.append(f"{info.shape}{values.dtype}".encode() + digest(values))
+            kind = "float32" if widen else info.dtype
+            mark = tensor_digest(checkpoint, name, widen and info.dtype != kind)
+            marks.append(f"{info.shape}{kind}".encode() + mark)
     return tuple(marks)
 
 
@@ -284,6 +292,8 @@ def _plan_tensor(
 ) -> TensorPlan:
     info = next(i for i in _infos(checkpoints, name) if i is not None)
     fields = (name, info.shape, info.dtype)
+    if not all(i.is_known for i in _infos(checkpoints, name) if i is not None):
+        return TensorPlan(*fields, "skipped", f"dtype {info.dtype} is not known here")
     if len(set(marks)) == 1:
         return TensorPlan(*fields, "identical", source=0)
     common = is_common(checkpoints, name)

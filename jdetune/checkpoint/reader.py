@@ -1,23 +1,35 @@
-"""Reads single tensors of a checkpoint as NumPy arrays."""
+"""Reads tensors of a checkpoint as NumPy arrays, whole or in pieces."""
 
+import functools
 import hashlib
+from collections.abc import Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from jdetune.checkpoint.index import Checkpoint
-from jdetune.errors import InputError
+from jdetune.busy import COMPUTE, READ
+from jdetune.checkpoint.files import opened
+from jdetune.checkpoint.index import Checkpoint, TensorInfo
+from jdetune.deferred import Deferred
+from jdetune.errors import InputError, printable
 
 
 def numpy_dtype(word: str) -> np.dtype:
     """NumPy dtype of a word such as ``bfloat16``.
 
+    Raises:
+      InputError: a word of the format that NumPy and ml_dtypes do not have.
+
     Example:
       >>> numpy_dtype("bfloat16").itemsize
       2
     """
-    return np.dtype(getattr(ml_dtypes, word, word))
+    try:
+        return np.dtype(getattr(ml_dtypes, word, word))
+    except TypeError as error:
+        raise InputError(
+            f"dtype {printable(word)} is not known here. Save the model in fp32, fp16 or bf16."
+        ) from error
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
@@ -31,17 +43,51 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
       The array; bfloat16 as ``ml_dtypes.bfloat16``.
 
     Raises:
-      InputError: the file changed or its dtype has no NumPy counterpart.
+      InputError: the file changed, shrank or vanished, or the dtype has no NumPy counterpart.
     """
-    path = checkpoint.root / checkpoint.tensors[name].file
-    try:
-        with safe_open(path, framework="np") as handle:
-            return handle.get_tensor(name)
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path}: tensor {name} cannot be read ({error}). Copy the file again, or leave the "
-            "tensor out with --exclude."
-        ) from error
+    info = _info(checkpoint, name)
+    array = _empty(checkpoint, info, info.shape, _dtype(checkpoint, info))
+    _read_into(checkpoint, info, array)
+    return array
+
+
+def read_models(checkpoints: Sequence[Checkpoint], name: str) -> np.ndarray:
+    """One tensor of all models, [model, ...]; float32 holds dtypes that differ.
+
+    Args:
+      checkpoints: opened checkpoints that have it in one shape.
+      name: the tensor.
+    """
+    infos = [_info(checkpoint, name) for checkpoint in checkpoints]
+    dtypes = [_dtype(c, info) for c, info in zip(checkpoints, infos, strict=True)]
+    same = len(set(dtypes)) == 1
+    shape = (len(infos), *infos[0].shape)
+    stack = _empty(checkpoints[0], infos[0], shape, dtypes[0] if same else np.dtype(np.float32))
+    for row, (checkpoint, info) in enumerate(zip(checkpoints, infos, strict=True)):
+        if same:
+            _read_into(checkpoint, info, stack[row : row + 1])
+        else:
+            stack[row] = read_tensor(checkpoint, name).astype(np.float32)
+    return stack
+
+
+def tensor_digest(checkpoint: Checkpoint, name: str, widen: bool = False) -> bytes:
+    """SHA-256 of a tensor's bytes, read in pieces: ``digest`` of it, in little memory.
+
+    Args:
+      checkpoint: an opened checkpoint.
+      name: one of its tensors, of any dtype.
+      widen: take it as float32, to compare with another width.
+    """
+    info, total = _info(checkpoint, name), hashlib.sha256()
+    with opened(checkpoint.root / info.file, info.stamp) as source:
+        pieces = source.chunks(info.start, info.n_bytes)
+        while (piece := _next(pieces, checkpoint)) is not None:
+            with checkpoint.busy.doing(COMPUTE):
+                if widen:
+                    piece = raw_bytes(piece.view(numpy_dtype(info.dtype)).astype(np.float32))
+                total.update(piece.data)
+    return total.digest()
 
 
 def raw_bytes(array: np.ndarray) -> np.ndarray:
@@ -57,3 +103,56 @@ def raw_bytes(array: np.ndarray) -> np.ndarray:
 def digest(array: np.ndarray) -> bytes:
     """SHA-256 of an array's bytes: two arrays of a shape and dtype are equal iff it is."""
     return hashlib.sha256(raw_bytes(array).data).digest()
+
+
+def deferred(checkpoint: Checkpoint, name: str) -> Deferred:
+    """A tensor of a model, read when it is looked at."""
+    info = _info(checkpoint, name)
+    read = functools.partial(read_tensor, checkpoint, name)
+    return Deferred(_dtype(checkpoint, info), info.shape, read)
+
+
+def _next(pieces: Iterator[np.ndarray], checkpoint: Checkpoint) -> np.ndarray | None:
+    with checkpoint.busy.doing(READ):
+        return next(pieces, None)
+
+
+def _info(checkpoint: Checkpoint, name: str) -> TensorInfo:
+    if name not in checkpoint.tensors:
+        raise InputError(f"{checkpoint.path}: no tensor {printable(name)} in it.")
+    return checkpoint.tensors[name]
+
+
+def _dtype(checkpoint: Checkpoint, info: TensorInfo) -> np.dtype:
+    """Its dtype, or an error that names file and tensor."""
+    if not info.is_known:
+        raise InputError(
+            f"{checkpoint.root / info.file}: dtype {info.dtype} is not known here (tensor "
+            f"{printable(info.name)}). Save the model in fp32, fp16 or bf16."
+        )
+    return numpy_dtype(info.dtype)
+
+
+def _empty(
+    checkpoint: Checkpoint, info: TensorInfo, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    try:
+        return np.empty(shape, dtype)
+    except (MemoryError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"{checkpoint.root / info.file}: tensor {printable(info.name)} of shape {list(shape)} "
+            "does not fit into memory. Leave it out with --exclude, or use a larger machine."
+        ) from error
+
+
+def _read_into(checkpoint: Checkpoint, info: TensorInfo, array: np.ndarray) -> None:
+    """Fills a C-contiguous array with a tensor's bytes."""
+    data = array.reshape(-1).view(np.uint8)
+    if len(data) != info.n_bytes:
+        raise InputError(
+            f"{checkpoint.root / info.file}: tensor {printable(info.name)} has {info.n_bytes} "
+            f"bytes, not the {len(data)} of its shape. Copy the file again."
+        )
+    file = checkpoint.root / info.file
+    with checkpoint.busy.doing(READ), opened(file, info.stamp) as source:
+        source.fill(info.start, data)

@@ -14,10 +14,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jdetune.checkpoint.index import DTYPES
+from jdetune.checkpoint.files import Stamp, opened
+from jdetune.checkpoint.header import DTYPES, read_header
 from jdetune.checkpoint.reader import numpy_dtype, raw_bytes
 from jdetune.deferred import Deferred
-from jdetune.errors import OutputError
+from jdetune.errors import WriteError, printable
 
 #: Words of the format in the library's order of writing: wider elements first.
 _ORDER = (
@@ -40,7 +41,7 @@ def write_tensors(path: Path, tensors: Arrays, metadata: Mapping[str, str]) -> N
       metadata: text for the header.
 
     Raises:
-      OutputError: what was read back differs.
+      WriteError: what was read back differs.
     """
     words = {name: _WORDS[np.dtype(tensor.dtype)] for name, tensor in tensors.items()}
     names = sorted(tensors, key=lambda name: (_ORDER.index(words[name]), name))
@@ -58,7 +59,9 @@ def write_tensors(path: Path, tensors: Arrays, metadata: Mapping[str, str]) -> N
         for name in names:
             data = raw_bytes(np.asarray(tensors[name])).data
             if len(data) != np.subtract(*header[name]["data_offsets"][::-1]):
-                raise OutputError(f"{path}: tensor {name} changed its size while it was written.")
+                raise WriteError(
+                    f"{path}: tensor {printable(name)} changed its size while it was written."
+                )
             file.write(data)
             digests[name] = hashlib.sha256(data).digest()
         file.flush()
@@ -68,12 +71,12 @@ def write_tensors(path: Path, tensors: Arrays, metadata: Mapping[str, str]) -> N
         for name in names if same else ():
             size = int(np.subtract(*header[name]["data_offsets"][::-1]))
             if _digest(file, size) != digests[name]:
-                raise OutputError(
-                    f"{path}: tensor {name} read back differs from what was written. Check the "
-                    "disk."
+                raise WriteError(
+                    f"{path}: tensor {printable(name)} read back differs from what was "
+                    "written. Check the disk."
                 )
         if not same or file.read(1):
-            raise OutputError(f"{path}: read back differs from what was written. Check the disk.")
+            raise WriteError(f"{path}: read back differs from what was written. Check the disk.")
 
 
 def open_tensors(path: str | Path) -> tuple[dict[str, Deferred], dict[str, str]]:
@@ -82,22 +85,22 @@ def open_tensors(path: str | Path) -> tuple[dict[str, Deferred], dict[str, str]]
     Args:
       path: a safetensors file; it must stay there as long as the arrays are used.
     """
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    metadata = header.pop("__metadata__", {})
+    found = read_header(Path(path))
     arrays = {}
-    for name, info in header.items():
-        dtype, shape = numpy_dtype(DTYPES[info["dtype"]]), tuple(info["shape"])
-        start = 8 + size + info["data_offsets"][0]
-        arrays[name] = Deferred(dtype, shape, functools.partial(_read, path, start, dtype, shape))
-    return arrays, metadata
+    for entry in found.entries:
+        dtype = numpy_dtype(DTYPES.get(entry.word, entry.word))
+        read = functools.partial(_read, Path(path), found.stamp, entry.start, dtype, entry.shape)
+        arrays[entry.name] = Deferred(dtype, entry.shape, read)
+    return arrays, dict(found.metadata)
 
 
-def _read(path: str | Path, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    count = int(np.prod(shape, dtype=np.int64))
-    data = np.fromfile(path, np.uint8, count * dtype.itemsize, offset=start)
-    return data.view(dtype).reshape(shape)
+def _read(
+    path: Path, stamp: Stamp, start: int, dtype: np.dtype, shape: tuple[int, ...]
+) -> np.ndarray:
+    array = np.empty(shape, dtype)
+    with opened(path, stamp) as source:
+        source.fill(start, array.reshape(-1).view(np.uint8))
+    return array
 
 
 def _digest(file: BinaryIO, size: int) -> bytes:

@@ -4,20 +4,21 @@
 silently writes wrong values for arrays that are not C-contiguous, and holds a file in memory.
 """
 
+import contextlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jdetune.checkpoint import sidefiles
 from jdetune.checkpoint.index import INDEX_NAME, SINGLE_NAME, Checkpoint
 from jdetune.checkpoint.stream import Arrays, write_tensors
 from jdetune.deferred import Deferred
-from jdetune.errors import OutputError
+from jdetune.errors import WriteError
 
 _PT = {"format": "pt"}
 #: A tensor by name, or None to leave it out.
@@ -35,37 +36,26 @@ def save_safetensors(
       metadata: text for the header, ``{"format": "pt"}`` if left out (loaders ask for it).
 
     Raises:
-      OutputError: it cannot be written, or what was read back differs.
+      WriteError: it cannot be written, or what was read back differs.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
+    with _whole_or_not_there(Path(path)) as temporary:
         write_tensors(temporary, tensors, _PT if metadata is None else metadata)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error}). Check space and rights."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_text(path: str | Path, text: str) -> None:
-    """Writes a text file under a temporary name and renames it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error}). Check space and rights."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    r"""Writes a text file under a temporary name and renames it.
+
+    Names of files that are no text come as JSON has them, such as ``\udcff``.
+    """
+    save_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def save_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a small file under a temporary name, to disk, and renames it."""
+    with _whole_or_not_there(Path(path)) as temporary, temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def save_json(path: str | Path, value: Mapping[str, Any], sort_keys: bool = False) -> None:
@@ -143,17 +133,24 @@ def finish_shards(template: Checkpoint, out: str | Path, shards: Sequence[Shard]
 
 
 def copy_side_files(template: Checkpoint, out: str | Path) -> None:
-    """Copies the config and tokenizer files of a checkpoint."""
+    """Copies the config and tokenizer files of a checkpoint, without ``auto_map`` by default."""
     for name in template.side_files:
-        target = Path(out) / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(template.root / name, target)
+        save_bytes(Path(out) / name, sidefiles.content(template.root, name, template.trusted))
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+@contextlib.contextmanager
+def _whole_or_not_there(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes ``path`` if all went well, and is removed if not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise WriteError(
+            f"{path}: cannot be written ({error}). Check space and rights, then run the same "
+            "command again."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

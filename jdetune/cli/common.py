@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from jdetune.distributed import Processes, join
-from jdetune.errors import JdetuneError
+from jdetune.errors import JdetuneError, escaped
 
 PLATFORMS = {"auto": None, "cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 
@@ -114,19 +114,39 @@ class Command:
 
 def write_out(text: str) -> None:
     """Writes a line of results to stdout."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    _write(sys.stdout, text)
 
 
 def write_err(text: str) -> None:
     """Writes a line that is not a result to stderr."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    _write(sys.stderr, text)
+
+
+def _write(stream: Any, text: str) -> None:
+    """Writes lines; what steers a terminal, or what it cannot show, is escaped."""
+    safe = "\n".join(escaped(line) for line in text.split("\n"))
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    stream.write(safe.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    stream.flush()
+
+
+def one_line(value: Any) -> Any:
+    r"""A report whose names cannot break out of their line when they are shown.
+
+    Example:
+      >>> one_line({"names": ["a\nb"]})
+      {'names': ['a\\nb']}
+    """
+    if isinstance(value, str):
+        return escaped(value)
+    if isinstance(value, Mapping):
+        return {key: one_line(item) for key, item in value.items()}
+    return [one_line(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_json(value: Mapping[str, Any]) -> None:
     """Writes a JSON object to stdout; NaN is an error."""
-    write_out(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False))
+    write_out(json.dumps(value, indent=2, allow_nan=False))  # in ASCII: right for every terminal
 
 
 def add_process_flags(command: Command) -> None:

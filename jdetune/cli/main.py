@@ -2,8 +2,11 @@
 
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 from jdetune.cli.compile_cache import use_compile_cache
 
@@ -24,12 +27,31 @@ _SCHEDULER_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
 def console_main() -> None:
     """Entry point of the program: environment first, then the command."""
     prepare_environment()
+    signal.signal(signal.SIGINT, _interrupt)
+    sys.unraisablehook = _once_more
     code = main(sys.argv[1:])
     if code == _INTERRUPTED:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # XLA's threads still run, and crash a regular teardown
     sys.exit(code)
+
+
+def _interrupt(*_: object) -> None:
+    """Ctrl-C ends what runs, and a second one the process: nothing is lost that was solved."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+    raise KeyboardInterrupt
+
+
+def _once_more(lost: Any) -> None:
+    """Ctrl-C during a callback of the garbage collector, which swallows it, is sent again."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
+    timer.daemon = True
+    timer.start()
 
 
 def prepare_environment() -> None:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     if command["json"]:
         common.write_json(value)
     else:
-        common.write_out(render(value, command["out"]))
+        common.write_out(render(common.one_line(value), command["out"]))
     return value["summary"]["exit_code"]
 
 

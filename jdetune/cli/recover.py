@@ -30,14 +30,20 @@ def make_command() -> Command:
     command.boolean("overwrite", False, "Replace a former output of jdetune in --out.")
     command.boolean("masks", False, "Also write OUT/masks.safetensors: which elements are certain.")
     command.boolean("dry_run", False, "Say what would be recovered, then stop.")
+    command.boolean(
+        "trust_remote_code",
+        False,
+        "Also copy Python files of the first model, and the auto_map in its config that makes "
+        "transformers run them.",
+    )
     command.string("include", None, "Recover only matrices whose name matches this regex.")
     command.string("exclude", None, "Leave out matrices whose name matches this regex.")
     add_solver_flags(command)
     command.string(
         "max_memory",
         None,
-        "Memory that a device may use at a time, such as 8GB; fewer layers are then worked on "
-        "together. Default: a share of what is free.",
+        "Memory that weights may take at a time, such as 8GB, on the host and on a device; fewer "
+        "layers are then worked on together, one at the least. Default: a share of what is free.",
     )
     command.platform()
     common.add_process_flags(command)
@@ -138,19 +144,20 @@ def main(argv: Sequence[str]) -> int:
         exclude=command["exclude"],
         overwrite=command["overwrite"],
         masks=command["masks"],
+        trust_remote_code=command["trust_remote_code"],
         max_memory=common.parse_size(command["max_memory"], "--max_memory"),
         command=command.command_line(argv),
     )
     with common.progress_bar(command["quiet"] or not processes.first) as progress:
         if command["dry_run"]:
-            checkpoints = pipeline.open_models(models)
+            checkpoints = pipeline.open_models(models, command["trust_remote_code"])
             if command["out"] is not None:
                 pipeline.check_out(command["out"], checkpoints, options)
             plan = pipeline.plan_models(checkpoints, options, progress)
             text, value = _plan_text(plan), _plan_json(plan)
         else:
             value = pipeline.run(models, command["out"], options, progress, processes=processes)
-            text = render(value, command["out"])
+            text = render(common.one_line(value), command["out"])
     if not processes.first:
         pass  # the first one says it
     elif command["json"]:
@@ -195,7 +202,9 @@ def _timing(timing: dict[str, Any]) -> str:
     several = f"{timing['processes']} processes, " if timing["processes"] > 1 else ""
     stages = ", ".join(f"{name} {timing[name]:.1f} s" for name in ("compare", "recover", "write"))
     share = f"{timing['not_in_solve']:.0%} of the time is not the solver's"
-    return f"{several}{stages}; {share}"
+    busy = f"reading and writing {timing['transferring']:.1f} s, computing "
+    busy += f"{timing['computing']:.1f} s: all took {timing['over_larger']:.2f} times the larger"
+    return f"{several}{stages}; {share}\n{busy}"
 
 
 def _solved_table(tensors: Sequence[dict[str, Any]]) -> str:
@@ -285,7 +294,8 @@ def _plan_text(plan: Any) -> str:
     rows = [[action, str(len(plan.names(action)))] for action in actions if plan.names(action)]
     lines = [f"{len(plan.solved)} distinct models", "", common.table(["tensors", "n"], rows)]
     lines += [f"warning: {name} equals {twin}" for name, twin in plan.duplicates]
-    lines += [f"warning: {text}" for text in plan.warnings]
+    lines += common.one_line([f"warning: {text}" for text in plan.warnings])
     if plan.names("recover"):
-        lines += ["", "to recover:", *(f"  {name}" for name in plan.names("recover"))]
+        names = common.one_line(plan.names("recover"))
+        lines += ["", "to recover:", *(f"  {name}" for name in names)]
     return "\n".join(lines)

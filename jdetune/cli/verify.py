@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     if command["json"]:
         common.write_json(result)
     else:
-        common.write_out(render(result))
+        common.write_out(render(common.one_line(result)))
     return 0 if result["passed"] else 6
 
 
