@@ -27,8 +27,9 @@ from jdetune.outcomes import (
     tensor_entry,
 )
 from jdetune.pipeline import device_name, version
+from jdetune.remerge import raw_bits
 from jdetune.solvers.known_base import extract_update
-from jdetune.solving import Progress, raw_bits
+from jdetune.solving import Progress
 from jdetune.status import Status
 
 _FULL = (
