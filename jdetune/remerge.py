@@ -82,9 +82,9 @@ def singular_values(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """
     if left.shape[1] == 0 or not (np.isfinite(left).all() and np.isfinite(right).all()):
         return np.zeros(0)
-    small = np.linalg.qr(left.astype(np.float64), mode="r")
-    small = small @ np.linalg.qr(right.astype(np.float64).T, mode="r").T
-    return np.linalg.svd(small, compute_uv=False)
+    tall = (left.astype(np.float64), right.astype(np.float64).T)
+    ours, theirs = (np.asarray(np.linalg.qr(side, mode="r")) for side in tall)
+    return np.linalg.svd(ours @ theirs.T, compute_uv=False)
 
 
 def rounding_noise(stored: np.ndarray) -> tuple[float, float]:
