@@ -26,6 +26,7 @@ from jdetune.outcomes import (
     summary,
     tensor_entry,
 )
+from jdetune.pages.files import write_extraction_cards
 from jdetune.pipeline import device_name, version
 from jdetune.remerge import raw_bits
 from jdetune.solvers.known_base import extract_update
@@ -128,6 +129,7 @@ def run(
             for outcome in outcomes
         ],
     }
+    write_extraction_cards(stage, content)
     save_json(stage / "report.json", content)
     outfolder.place(out, stage)
     return content

@@ -199,8 +199,8 @@ def timing(
 
 
 def read_report(out: str | Path) -> dict[str, Any]:
-    """Reads OUT/report.json and checks its schema."""
-    path = Path(out) / "report.json"
+    """Reads OUT/report.json, or the file itself, and checks its schema."""
+    path = Path(out) if Path(out).is_file() else Path(out) / "report.json"
     if not path.is_file():
         raise InputError(f"{path}: missing. Give the folder that `jdetune recover` wrote.")
     report = read_json(path)
