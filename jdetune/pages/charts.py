@@ -26,8 +26,8 @@ def errors_by_depth(view: View) -> Html | None:
         series = [*kinds[: _SERIES - 1], Kind("all other kinds", members)]
     bottom, depths = 240, [_depth(t, i) for kind in kinds for i, t in enumerate(kind.tensors)]
     x = svg.Scale(min(depths), max(depths), _LEFT + 14, _RIGHT - 14)
-    scale, low, high = _error_scale(view, bottom - 12, _TOP + 12)
     exact, failed = [t for t in view.solved if t.is_exact], [t for k in kinds for t in _failed(k)]
+    scale, low, high = _error_scale(view, bottom - 14, _TOP + (24 if failed else 8))
     parts = [svg.y_axis(scale, _LEFT, _RIGHT) if low < high else ""]
     parts.append(svg.x_axis(x, bottom + 4, "number of the layer"))
     if exact:
@@ -35,7 +35,6 @@ def errors_by_depth(view: View) -> Html | None:
         parts += [svg.text(_LEFT - 6, bottom + 4, "exact", "tick", "end")]
     if failed:
         parts += [svg.text(_LEFT - 6, _TOP + 2, "none", "tick", "end")]
-    parts.append(_noise_line(view, scale, low < high))
     legend = []
     for place, kind in enumerate(series):
         points, none = [], []
@@ -48,6 +47,7 @@ def errors_by_depth(view: View) -> Html | None:
         shape = svg.SHAPES[place]
         parts += [svg.marks(points, shape, f"s{place}"), svg.marks(none, "cross", "bad", 3)]
         legend.append(tag("li", f"{svg.swatch(shape, f's{place}')}{breakable(kind.name)}"))
+    parts.append(_noise_line(view, scale, low < high))
     matrices = several(len(view.solved), "matrix", "matrices")
     described = (
         f"Log10 of the mean squared error predicted for {matrices} against the layer's number; "
@@ -67,7 +67,7 @@ def errors_by_kind(view: View) -> Html | None:
         return None
     kinds.sort(key=lambda kind: -max(t.error or -99.0 for t in kind.solved))
     shown = kinds[:_MOST_ROWS]
-    step, top = min(72, max(36, 216 // len(shown))), 6
+    step, top = min(72, max(40, 216 // len(shown))), 6
     bottom = top + step * len(shown)
     some_exact = any(t.is_exact for t in view.solved)
     scale, low, high = _error_scale(view, 52 if some_exact else 12, _RIGHT - 4)

@@ -70,16 +70,13 @@ def duration(seconds: float | None) -> str:
 
     Example:
       >>> duration(48.83), duration(754), duration(9000)
-      ('48.8 s', '12 min 34 s', '2 h 30 min')
+      ('48.8 s', '12.6 min', '2.5 h')
     """
     if seconds is None:
         return NONE
     if seconds < 100:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 100:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def factor(value: float | None) -> str:

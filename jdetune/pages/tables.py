@@ -23,9 +23,8 @@ from jdetune.pages.numbers import (
 from jdetune.pages.view import FATES, Kind, Tensor, View
 
 _MATRICES = ("matrix", "matrices")
-_SOLVED = ("tensor", "shape", "status", "ranks", "predicted error", "exact (est.)")
-_SOLVED += ("residual / noise", "amplification", "verdict")
-_PLAIN = ("tensor", "shape", "dtype", "status")
+_HEADS = ("tensor", "shape", "status")
+_FIGURES = ("ranks", "predicted error", "exact (est.)", "residual / noise", "noise amplified")
 #: Groups of so few tensors are shown open, as long as they are few in all.
 _OPEN_ROWS = 24
 
@@ -147,37 +146,35 @@ def _kind(kind: Kind, is_open: bool) -> Html:
 
 def _kind_table(kind: Kind) -> Html:
     reasons = {t.reason for t in kind.tensors}
-    said, common = "", len(reasons) == 1 and len(kind.tensors) > 1
-    if common and None not in reasons:
-        said = tag("p", escape(reasons.pop() or ""), class_="note")
-    with_reason = not common and reasons != {None}
+    common = reasons.pop() if len(reasons) == 1 and len(kind.tensors) > 1 else None
+    said = Html("") if common is None else tag("p", escape(common), class_="note")
     solved = any(t.code is not None for t in kind.tensors)
-    headers = [*(_SOLVED if solved else _PLAIN), *(["reason"] if with_reason else [])]
+    with_reason = common is None and any(t.reason for t in kind.tensors)
+    last = ("verdict and reason" if with_reason else "verdict",) if solved else ()
+    headers = (*_HEADS, *(_FIGURES if solved else ()), *last)
+    headers += ("reason",) if with_reason and not solved else ()
     rows = []
     for t in kind.tensors:
-        cells = _solved_cells(t) if solved else _plain_cells(t)
-        cells += [escape(t.reason or NONE)] if with_reason else []
+        cells = [Html(f"{escape(t.shape_text)}<small>{escape(t.dtype)}</small>"), _fate(t)]
+        why = escape(t.reason or "") if with_reason else Html("")
+        if solved:
+            small = tag("small", why, class_="why") if why else ""
+            cells += [*_figures(t), Html(f"{escape(t.verdict or NONE)}{small}")]
+        elif with_reason:
+            cells.append(why)
         rows.append((breakable(t.name), cells))
     inner = table(f"Tensors named {kind.name}", headers, rows, "tensors")
     return Html(f"{said}{inner}")
 
 
-def _plain_cells(t: Tensor) -> list[Html]:
-    return [escape(t.shape_text), escape(t.dtype), _fate(t)]
-
-
-def _solved_cells(t: Tensor) -> list[Html]:
+def _figures(t: Tensor) -> list[Html]:
     ranks = ", ".join(map(str, t.ranks)) if len(set(t.ranks)) > 1 and len(t.ranks) <= 12 else None
-    error = Html("exact") if t.is_exact else power(t.error)
     return [
-        Html(f"{escape(t.shape_text)}<small>{escape(t.dtype)}</small>"),
-        _fate(t),
         escape(ranks or span(t.ranks)),
-        error,
+        Html("exact") if t.is_exact else power(t.error),
         escape(percent(t.exact)),
         escape(fixed(t.ratio)),
         escape(NONE if t.amplification is None else f"{TIMES}{factor(t.amplification)}"),
-        escape(t.verdict or NONE),
     ]
 
 

@@ -1,6 +1,6 @@
 """The verdict in words: what is back, how exact it is, and what to do about the rest."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from jdetune.pages.charts import noise_level, total_steps
 from jdetune.pages.markup import Html, breakable, escape, join, tag
@@ -86,7 +86,8 @@ def cautions(view: View) -> Html:
     """Warnings of the report, if there are any."""
     if not view.warnings:
         return Html("")
-    items = join(tag("li", escape(_sentence(text))) for text in view.warnings)
+    names = _names(view)
+    items = join(tag("li", escape(_sentence(text, names))) for text in view.warnings)
     return tag("aside", f"<h2>Warnings</h2>{tag('ul', items)}", class_="warn")
 
 
@@ -105,7 +106,11 @@ def to_do(view: View) -> Html:
         more = f" and {len(members) - 3:,} more" if len(members) > 3 else ""
         head = f"<strong>{_FATE_WORDS[fate]}: {several(len(members), 'tensor')}</strong>"
         items.append(
-            tag("li", f"{head} {names}{more}.<br>{escape(_sentence(reason))}", class_=fate)
+            tag(
+                "li",
+                f"{head} {names}{more}.<br>{escape(_sentence(reason, _names(view)))}",
+                class_=fate,
+            )
         )
     return tag(
         "section",
@@ -128,12 +133,18 @@ _FATE_WORDS = {
 }
 
 
+def _names(view: View) -> set[str]:
+    return {model.name for model in view.models}
+
+
 def _are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
-def _sentence(text: str) -> str:
-    """With a capital, and a full stop."""
+def _sentence(text: str, names: Collection[str]) -> str:
+    """With a capital, unless it begins with a model's name, and a full stop."""
     said = text.strip()
-    said = said[:1].upper() + said[1:] if not said[:2].strip()[1:].isupper() else said
+    first = said.partition(" ")[0]
+    if first.isalpha() and first.islower() and first not in names:
+        said = said[:1].upper() + said[1:]
     return said if said.endswith((".", "!", "?")) else f"{said}."
