@@ -1,6 +1,5 @@
 """A run killed at any moment goes on with the same command and ends with the same bytes."""
 
-import json
 import random
 import subprocess
 import threading
@@ -11,7 +10,7 @@ import pytest
 from jdetune import outfolder, pipeline, solving
 from jdetune.errors import OutputError
 from tests import pico
-from tests.test_distributed import command, files_of, plain_environment, untimed, write_family
+from tests.test_distributed import command, plain_environment, same_files, write_family
 
 #: Files and folders that appear one after another while a run goes on.
 MILESTONES = ("state.json", "solved/first/group-00000.safetensors", "base", "adapters")
@@ -41,13 +40,7 @@ def kill_often(tmp_path, milestones, rng):
     if not (broken / "report.json").exists() or (broken / ".jdetune").exists():
         subprocess.run(command(paths, broken, "--masks"), check=True, **options)
     assert not (broken / ".jdetune").exists()
-    one, two = files_of(whole), files_of(broken)
-    assert list(one) == list(two)
-    for name in one:
-        if name != "report.json":
-            assert one[name].read_bytes() == two[name].read_bytes(), name
-    first, second = (json.loads(f["report.json"].read_text()) for f in (one, two))
-    assert untimed(first) == untimed(second)
+    same_files(whole, broken)
     return killed
 
 
@@ -150,7 +143,9 @@ def test_killed_while_the_output_is_put_in_place(tmp_path, monkeypatch, steps):
             assert (out / ".jdetune").is_dir()
     if (out / ".jdetune").exists():
         pipeline.run(family.paths, out, recover_fn=None)  # solves nothing: it is all there
-    assert sorted(p.name for p in out.iterdir()) == ["adapters", "base", "report.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("adapters", "base", "report.html", "report.json")
+    ]
     assert not (out / "base" / "old").exists()
 
 
@@ -195,5 +190,4 @@ def test_a_small_budget_makes_more_groups_and_the_same_files(tmp_path):
     small = pipeline.Options(max_memory=4 * 3 * 48 * 32 * 4)
     pipeline.run(family.paths, tmp_path / "many", small, recover_fn=counting)
     assert calls == [4, 1, 1, 1, 1]
-    one, many = files_of(tmp_path / "one"), files_of(tmp_path / "many")
-    assert all(one[n].read_bytes() == many[n].read_bytes() for n in one if n != "report.json")
+    same_files(tmp_path / "one", tmp_path / "many")

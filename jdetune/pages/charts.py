@@ -144,7 +144,7 @@ def noise_level(view: View) -> float | None:
     return mean([2 * math.log10(t.noise) for t in view.solved if t.noise])
 
 
-def _error_scale(view: View, start: float, end: float) -> tuple[svg.Scale, float, float]:
+def _error_scale(view: View, start: svg.Number, end: svg.Number) -> tuple[svg.Scale, float, float]:
     """Scale of the errors that are not exact, with the least and largest of them."""
     known = [t.error for t in view.solved if t.error is not None and not t.is_exact]
     noise = noise_level(view)

@@ -9,7 +9,7 @@ NONE = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 
-def fixed(value: float | None, digits: int = 2) -> str:
+def fixed(value: float | int | None, digits: int = 2) -> str:
     """A number with fixed digits, a dash where it is not known.
 
     Example:
@@ -19,7 +19,7 @@ def fixed(value: float | None, digits: int = 2) -> str:
     return NONE if value is None else f"{value:.{digits}f}".replace("-", MINUS)
 
 
-def percent(share: float | None, digits: int = 2) -> str:
+def percent(share: float | int | None, digits: int = 2) -> str:
     """A share; only what is all of it is called 100%.
 
     Example:
@@ -37,7 +37,7 @@ def percent(share: float | None, digits: int = 2) -> str:
     return f"{text}%" if float(text) > 0 else f"<{least:.{digits}f}%"
 
 
-def power(exponent: float | None, digits: int = 1) -> Html:
+def power(exponent: float | int | None, digits: int = 1) -> Html:
     """Ten to a power."""
     return Html(NONE if exponent is None else f"10<sup>{fixed(exponent, digits)}</sup>")
 
@@ -65,7 +65,7 @@ def several(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float | int | None) -> str:
     """A time in the unit that fits.
 
     Example:
@@ -79,7 +79,7 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def factor(value: float | None) -> str:
+def factor(value: float | int | None) -> str:
     """How many times something is; dash where it is not known.
 
     Example:

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 from jdetune.pages.markup import Html, escape, join
 from jdetune.pages.numbers import MINUS
 
+Number: TypeAlias = float | int
 #: Series are told apart by colour and shape; more than these are drawn as one.
 SHAPES = ("circle", "square", "diamond", "triangle", "cross", "ring", "bar", "flag")
 
@@ -15,12 +17,12 @@ SHAPES = ("circle", "square", "diamond", "triangle", "cross", "ring", "bar", "fl
 class Scale:
     """Values to pixels; both may run either way."""
 
-    low: float
-    high: float
-    start: float
-    end: float
+    low: Number
+    high: Number
+    start: Number
+    end: Number
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: Number) -> float:
         """Pixel of a value, those outside at the ends."""
         wide = self.high - self.low
         share = (min(max(value, self.low), self.high) - self.low) / wide if wide else 0.5
@@ -33,7 +35,7 @@ class Scale:
         return [float(t) for t in range(int(first), math.floor(self.high) + 1, step)]
 
 
-def px(value: float) -> str:
+def px(value: Number) -> str:
     """A coordinate, to a tenth of a pixel.
 
     Example:
@@ -51,19 +53,19 @@ def picture(width: int, height: int, title: str, description: str, content: Iter
     )
 
 
-def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
+def line(x1: Number, y1: Number, x2: Number, y2: Number, kind: str) -> Html:
     """A straight line."""
     return Html(f'<path class="{kind}" d="M{px(x1)} {px(y1)}L{px(x2)} {px(y2)}"/>')
 
 
-def text(x: float, y: float, said: str, kind: str = "", anchor: str = "start") -> Html:
+def text(x: Number, y: Number, said: str, kind: str = "", anchor: str = "start") -> Html:
     """A word or two."""
     where = f'x="{px(x)}" y="{px(y)}" text-anchor="{anchor}"'
     label = f' class="{kind}"' if kind else ""
     return Html(f"<text {where}{label}>{escape(said)}</text>")
 
 
-def polyline(points: Sequence[tuple[float, float]], kind: str, title: str | None = None) -> Html:
+def polyline(points: Sequence[tuple[Number, Number]], kind: str, title: str | None = None) -> Html:
     """A line through points; a hovering pointer shows the title."""
     path = "L".join(f"{px(x)} {px(y)}" for x, y in points)
     if len(points) == 1:
@@ -72,7 +74,9 @@ def polyline(points: Sequence[tuple[float, float]], kind: str, title: str | None
     return Html(f'<path class="{kind}" d="M{path}">{inner}</path>')
 
 
-def marks(points: Iterable[tuple[float, float]], shape: str, kind: str, size: float = 3.5) -> Html:
+def marks(
+    points: Iterable[tuple[Number, Number]], shape: str, kind: str, size: Number = 3.5
+) -> Html:
     """Many marks of one shape as one path."""
     path = "".join(f"M{px(x)} {px(y)}{_outline(shape, size)}" for x, y in points)
     return Html(f'<path class="{kind} {shape}" d="{path}"/>' if path else "")
@@ -84,7 +88,7 @@ def swatch(shape: str, kind: str) -> Html:
     return Html(f'<svg class="swatch" viewBox="0 0 14 14" aria-hidden="true">{mark}</svg>')
 
 
-def y_axis(scale: Scale, left: float, right: float) -> Html:
+def y_axis(scale: Scale, left: Number, right: Number) -> Html:
     """Grid lines with powers of ten at the left."""
     parts = []
     for tick in scale.ticks():
@@ -93,7 +97,7 @@ def y_axis(scale: Scale, left: float, right: float) -> Html:
     return join(parts)
 
 
-def x_powers(scale: Scale, top: float, bottom: float) -> Html:
+def x_powers(scale: Scale, top: Number, bottom: Number) -> Html:
     """Grid lines with powers of ten below."""
     parts = []
     for tick in scale.ticks():
@@ -102,14 +106,14 @@ def x_powers(scale: Scale, top: float, bottom: float) -> Html:
     return join(parts)
 
 
-def x_axis(scale: Scale, bottom: float, label: str) -> Html:
+def x_axis(scale: Scale, bottom: Number, label: str) -> Html:
     """Whole numbers below, and what they count."""
     numbers = [text(scale(t), bottom + 16, f"{t:.0f}", "tick", "middle") for t in scale.ticks(8)]
     middle = (scale.start + scale.end) / 2
     return join([*numbers, text(middle, bottom + 33, label, "label", "middle")])
 
 
-def _power(x: float, y: float, exponent: float, anchor: str) -> Html:
+def _power(x: Number, y: Number, exponent: Number, anchor: str) -> Html:
     said = f"{exponent:.0f}".replace("-", MINUS)
     where = f'x="{px(x)}" y="{px(y)}" text-anchor="{anchor}"'
     return Html(
@@ -117,7 +121,7 @@ def _power(x: float, y: float, exponent: float, anchor: str) -> Html:
     )
 
 
-def _outline(shape: str, r: float) -> str:
+def _outline(shape: str, r: Number) -> str:
     a, b = px(r), px(2 * r)
     return {
         "square": f"m-{a} -{a}h{b}v{b}h-{b}z",

@@ -135,7 +135,7 @@ def decoder(n_layers: int, n_models: int = 4, seed: int = 0) -> dict[str, Any]:
         tensors += [copied(f"{root}.input_layernorm.weight", shape=[576])]
         for kind in TYPES:
             ranks = [int(r) for r in rng.choice([4, 8, 16, 32], n_models, p=[0.1, 0.2, 0.5, 0.2])]
-            error = float(rng.normal(-20.4 + 0.03 * layer, 0.25))
+            error = float(rng.normal(-20.4 + 0.8 * layer / n_layers, 0.25))
             tensors.append(
                 solved(f"{root}.{kind}.weight", rng, ranks, predicted_error=error, shape=[576, 576])
             )
