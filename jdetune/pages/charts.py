@@ -18,7 +18,7 @@ _MOST_ROWS = 24
 def errors_by_depth(view: View) -> Html | None:
     """Predicted error of every recovered matrix over its layer's number, a series a kind."""
     kinds = [kind for kind in view.kinds if kind.solved or _failed(kind)]
-    if not kinds:
+    if not view.solved:
         return None
     series, rest = kinds[:_SERIES], kinds[_SERIES:]
     if rest:

@@ -140,16 +140,21 @@ def _made(view: View) -> Html:
         ),
     }
     items = join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v)
-    after = (
-        "To compare with the models again, or with the true base where there is one: "
-        "<code class=cmd>jdetune verify OUT --reference=DIR</code>. This page can be made again "
-        "from report.json: <code class=cmd>jdetune report OUT</code>."
+    again = (
+        "This page can be made again from report.json: <code class=cmd>jdetune report OUT</code>."
     )
+    if view.solved:
+        limits = f"<p><strong>What cannot be known.</strong> {escape(words.SHARED)}</p>"
+        again = (
+            "To compare with the models again, or with the true base where there is one: "
+            f"<code class=cmd>jdetune verify OUT --reference=DIR</code>. {again}"
+        )
+    else:
+        limits = ""
     return Html(
         f"<pre><code>{escape(view.said('command') or '')}</code></pre>"
-        f"<dl class=facts-list>{items}</dl>"
-        f"<p><strong>What cannot be known.</strong> {escape(words.SHARED)}</p>"
-        f"<p>{after}</p><p class=note>{escape(_ABOUT)}</p>"
+        f"<dl class=facts-list>{items}</dl>{limits}"
+        f"<p>{again}</p><p class=note>{escape(_ABOUT)}</p>"
     )
 
 

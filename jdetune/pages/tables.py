@@ -47,6 +47,7 @@ def cards(view: View) -> Html:
         join(
             f"<div><dt>{escape(label)}</dt><dd>{value}<small>{note}</small></dd></div>"
             for label, value, note in shown
+            if value != NONE
         ),
         class_="cards",
     )
@@ -91,7 +92,7 @@ def models(view: View) -> Html:
         ranks = [t.ranks[place] for t in view.solved if place is not None and place < len(t.ranks)]
         head = Html(f"{escape(model.name)}<small class=path>{_path(model.path)}</small>")
         cells = [model.dtype or NONE, span(ranks), percent(_matches(view, place))]
-        rows.append((head, [*(escape(cell) for cell in cells), escape(note or "solved")]))
+        rows.append((head, [*(escape(cell) for cell in cells), escape(note or "took part")]))
     headers = ("model", "dtype", "ranks", "back when merged again", "part in it")
     return table("The models", headers, rows)
 
@@ -116,12 +117,15 @@ def ulps(view: View) -> Html:
 
 def tensors(view: View) -> Html:
     """Every tensor, in a fold for each kind."""
-    short = len(view.tensors) <= _OPEN_ROWS
     plain = tuple(t for kind in view.kinds if _is_plain(kind) for t in kind.tensors)
     kinds = [kind for kind in view.kinds if not _is_plain(kind)]
     kinds.sort(key=lambda kind: (not _is_bad(kind), not kind.solved))
-    kinds += [Kind("equal in all models, and copied", plain)] if plain else []
-    return join(_kind(kind, short or _is_bad(kind)) for kind in kinds)
+    short = sum(len(kind.tensors) for kind in kinds) <= _OPEN_ROWS
+    folds = [_kind(kind, short or _is_bad(kind)) for kind in kinds]
+    if plain:
+        copied = Kind("equal in all models, and copied", plain)
+        folds.append(_kind(copied, len(plain) <= _OPEN_ROWS))
+    return join(folds)
 
 
 def _kind(kind: Kind, is_open: bool) -> Html:

@@ -178,6 +178,9 @@ def test_words_fit_the_outcome():
     assert "tune-b is odd." in said["broken"]
     assert "The base could not be recovered" in said["refused"]
     assert "no base was written" in said["refused"]
+    assert "Predicted error" not in said["refused"]
+    assert "What cannot be known" not in said["refused"]
+    assert "What cannot be known" in said["broken"]
     assert "The models differ in no matrix" in said["equal"]
 
 
