@@ -26,9 +26,11 @@ from jdetune.outcomes import (
     summary,
     tensor_entry,
 )
+from jdetune.pages.files import write_extraction_cards
 from jdetune.pipeline import device_name, version
+from jdetune.remerge import raw_bits
 from jdetune.solvers.known_base import extract_update
-from jdetune.solving import Progress, raw_bits
+from jdetune.solving import Progress
 from jdetune.status import Status
 
 _FULL = (
@@ -127,6 +129,7 @@ def run(
             for outcome in outcomes
         ],
     }
+    write_extraction_cards(stage, content)
     save_json(stage / "report.json", content)
     outfolder.place(out, stage)
     return content

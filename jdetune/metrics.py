@@ -12,6 +12,9 @@ LOG_MSE_FLOOR = -40.0
 LOG_COSINE_FLOOR = -16.0
 #: Names of the bins of ``ulp_histogram``, and their upper ends.
 ULP_BINS = {"0": 0, "1": 1, "2": 2, "3-4": 4, "5-8": 8}
+#: Names of the bins of ``ulp_steps`` but the last, which holds what is not finite.
+ULP_STEPS = ("<-2", "-2", "-1", "0", "1", "2", ">2")
+_CHUNK = 1 << 20
 _FAR = np.iinfo(np.int64).max
 
 
@@ -99,6 +102,32 @@ def ulp_histogram(
     below = [int(np.sum(distance <= end)) for end in ULP_BINS.values()]
     counts = np.diff([0, *below, distance.size])
     return dict(zip([*ULP_BINS, ">8"], (int(count) for count in counts), strict=True))
+
+
+def ulp_steps(estimate: np.ndarray, truth: np.ndarray) -> dict[str, int]:
+    """Counts of signed ulp distances: -2 to 2, below, above, and of NaN or infinity in either.
+
+    Args:
+      estimate: weights of any shape.
+      truth: weights of that shape and dtype.
+
+    Example:
+      >>> counts = ulp_steps(np.float16([1.0, 2.0, 9.0]), np.float16([1.0, 2.002, np.nan]))
+      >>> {step: count for step, count in counts.items() if count}
+      {'-1': 1, '0': 1, 'not finite': 1}
+    """
+    _check_shapes(estimate, truth)
+    if estimate.dtype != truth.dtype:
+        raise ValueError(f"dtypes differ: {estimate.dtype} and {truth.dtype}")
+    first, second = np.ravel(estimate), np.ravel(truth)
+    counts, bad = np.zeros(len(ULP_STEPS), np.int64), 0
+    for start in range(0, first.size, _CHUNK):
+        ours, theirs = first[start : start + _CHUNK], second[start : start + _CHUNK]
+        finite = np.isfinite(ours) & np.isfinite(theirs)
+        steps = np.clip(_ordered(ours[finite]) - _ordered(theirs[finite]), -3, 3)
+        counts += np.bincount(steps + 3, minlength=len(ULP_STEPS))
+        bad += int(np.sum(~finite))
+    return {**dict(zip(ULP_STEPS, counts.tolist(), strict=True)), "not finite": bad}
 
 
 def cosine(first: Float[np.ndarray, "*shape"], second: Float[np.ndarray, "*shape"]) -> float:

@@ -17,6 +17,7 @@ from jdetune.checkpoint.sidefiles import code_left_out
 from jdetune.checkpoint.writer import save_json
 from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError
+from jdetune.pages.files import write_pages
 from jdetune.products import write_products
 from jdetune.report import TensorResult
 from jdetune.solving import (
@@ -163,6 +164,7 @@ def _run(
     }
     processes.exchange("written")
     if processes.first:
+        write_pages(stage, content)
         save_json(stage / "report.json", content)
         outfolder.place(out, stage)
     processes.exchange("in place")

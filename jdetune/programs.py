@@ -107,7 +107,6 @@ def intersect(
 @functools.partial(jax.jit, static_argnames=("finest", "mesh"))
 def unpolished(found: dict[str, Array], finest: str, mesh: Mesh | None = None) -> dict[str, Array]:
     """The closed form as it is returned: base in its dtype, factors balanced."""
-
     one = functools.partial(_returned, finest=finest)
     return over_layers(one, mesh, *(found[name] for name in ("base", "left", "right", "ranks")))
 

@@ -13,6 +13,8 @@ from jdetune.certificate import verdict
 from jdetune.checkpoint.index import Checkpoint, read_json
 from jdetune.checkpoint.manifest import EXCLUDED, Plan, TensorPlan
 from jdetune.errors import InputError
+from jdetune.remerge import Remerged
+from jdetune.remerge import entries as remerge_entries
 from jdetune.report_check import is_whole
 from jdetune.result import Recovery
 from jdetune.status import Status
@@ -33,7 +35,7 @@ class TensorResult:
       status: ``recovered | identical | consensus | per_model | failed | skipped``.
       recovery: the solver's result without its arrays' use here, if there was one.
       method: the solver's name.
-      remerge_match: share of elements, a model each, that re-merging gives back.
+      remerged: what re-merging gives back, a model each.
       seconds: solver time, shared evenly in a group.
       reason: cause and remedy where it is not a plain success.
       base_dtype: dtype of the base written, None if it was left out.
@@ -43,7 +45,7 @@ class TensorResult:
     status: str
     recovery: Recovery | None = None
     method: str | None = None
-    remerge_match: tuple[float, ...] | None = None
+    remerged: tuple[Remerged, ...] | None = None
     seconds: float | None = None
     reason: str | None = None
     base_dtype: str | None = None
@@ -70,7 +72,7 @@ def tensor_entry(result: TensorResult) -> dict[str, Any]:
     """One entry of ``tensors``."""
     found = result.recovery
     stats = {} if found is None else dict(found.stats)
-    code = result.code
+    code, again = result.code, result.remerged
     ranks = None
     if found is not None and result.status == "recovered":
         ranks = [int(r) for r in np.ravel(np.asarray(found.ranks))]
@@ -85,7 +87,7 @@ def tensor_entry(result: TensorResult) -> dict[str, Any]:
         "ranks": ranks,
         "iterations": _integer(stats.get("iterations")),
         "residual_rms": number(stats.get("residual_rms")),
-        "noise_rms_expected": number(stats.get("noise_rms_expected")),
+        "noise_rms_expected": _noise(stats.get("noise_rms_expected"), again),
         "residual_ratio": number(stats.get("residual_ratio")),
         "rank_gap": number(stats.get("rank_gap")),
         "predicted_error": None if found is None else number(found.predicted_error, floor=-40.0),
@@ -95,7 +97,8 @@ def tensor_entry(result: TensorResult) -> dict[str, Any]:
         "amplification": None if found is None else number(found.amplification),
         "verdict": None if found is None else _verdict(found),
         "detection_floor": number(stats.get("detection_floor")),
-        "remerge_match": None if result.remerge_match is None else list(result.remerge_match),
+        "remerge_match": None if again is None else [figure.match for figure in again],
+        **remerge_entries(again),
         "seconds": number(result.seconds),
         "reason": result.reason or result.plan.reason,
     }
@@ -219,8 +222,8 @@ def overlap(busy: Busy, seconds: float) -> dict[str, float]:
 
 
 def read_report(out: str | Path) -> dict[str, Any]:
-    """Reads OUT/report.json and checks its schema."""
-    path = Path(out) / "report.json"
+    """Reads OUT/report.json, or the file itself, and checks its schema."""
+    path = Path(out) if Path(out).is_file() else Path(out) / "report.json"
     if not path.is_file():
         raise InputError(f"{path}: missing. Give the folder that `jdetune recover` wrote.")
     report = read_json(path)
@@ -259,6 +262,13 @@ def _verdict(found: Recovery) -> str | None:
     if status.has_base and number(found.exact_fraction) is None:
         return None
     return verdict(status, float(found.exact_fraction), float(found.amplification))
+
+
+def _noise(known: Any, again: Sequence[Remerged] | None) -> float | None:
+    """The solver's figure; where it has none, rms over the models that were merged again."""
+    if known is not None or not again:
+        return number(known)
+    return number(math.sqrt(sum(figure.noise**2 for figure in again) / len(again)))
 
 
 def _integer(value: Any) -> int | None:

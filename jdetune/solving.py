@@ -16,12 +16,11 @@ import numpy as np
 from jdetune import explain
 from jdetune.behind import WriteBehind
 from jdetune.busy import COMPUTE
-from jdetune.checkpoint.adapter_reader import merge_peft
+from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.manifest import GROUP_BYTES, Plan, TensorPlan, make_plan, read_stack, select
-from jdetune.checkpoint.reader import raw_bytes
-from jdetune.checkpoint.stacks import factors_of
 from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError
+from jdetune.remerge import remerge
 from jdetune.repair import NO_UPDATE
 from jdetune.report import TensorResult
 from jdetune.result import Recovery
@@ -233,7 +232,8 @@ def _solve_group(
         own = explain.notes_of(name, groups_, stack, names) if repaired else []
         text = [] if code is Status.OK else [explain.failure(code, groups_, stack, names)]
         text += [f"{note.model} {note.text}" for note in own]
-        result = _result(planned[name], host, stack, options, seconds)
+        stored = [_stored(c, name, stack) for c in plan.checkpoints]
+        result = _result(planned[name], host, stack, stored, options, seconds)
         results[name] = dataclasses.replace(result, reason=" ".join(text) or None)
         notes += own
     return results, notes
@@ -265,11 +265,11 @@ def _of_all_models(found: Recovery, rows: Sequence[int]) -> Recovery:
 
 def _of_models(result: TensorResult, places: Sequence[int]) -> TensorResult:
     """A result for some of its models."""
-    match = result.remerge_match
+    again = result.remerged
     return dataclasses.replace(
         result,
         recovery=None if result.recovery is None else _of_all_models(result.recovery, places),
-        remerge_match=None if match is None else tuple(match[i] for i in places),
+        remerged=None if again is None else tuple(again[i] for i in places),
     )
 
 
@@ -305,8 +305,19 @@ def left_out_of(
     return tuple(names)
 
 
+def _stored(checkpoint: Checkpoint, name: str, stack: np.ndarray) -> str:
+    """What a model stores a matrix in; a stack of several dtypes is wider."""
+    info = checkpoint.tensors.get(name)
+    return str(stack.dtype) if info is None else info.dtype
+
+
 def _result(
-    plan: TensorPlan, found: Recovery, stack: np.ndarray, options: Options, seconds: float
+    plan: TensorPlan,
+    found: Recovery,
+    stack: np.ndarray,
+    stored: Sequence[str],
+    options: Options,
+    seconds: float,
 ) -> TensorResult:
     code = Status(int(found.status))
     return TensorResult(
@@ -314,25 +325,10 @@ def _result(
         status="recovered" if code.has_base else "failed",
         recovery=found,
         method="SubspaceIntersection" if options.solver is None else type(options.solver).__name__,
-        remerge_match=_remerge_match(found, stack) if code.has_base else None,
+        remerged=tuple(remerge(found, stack, stored)) if code.has_base else None,
         seconds=seconds,
         base_dtype=str(np.asarray(found.base).dtype) if code.has_base else None,
     )
-
-
-def _remerge_match(found: Recovery, stack: np.ndarray) -> tuple[float, ...]:
-    """Share of elements a model where merging base and factors gives the stored value."""
-    matches = []
-    for i, merged in enumerate(stack):
-        left, right = factors_of({"": found}, i)[""]
-        again = merge_peft(np.asarray(found.base), left, right, dtype=merged.dtype)
-        matches.append(float(np.mean(raw_bits(again) == raw_bits(merged))))
-    return tuple(matches)
-
-
-def raw_bits(array: np.ndarray) -> np.ndarray:
-    """The elements as integers of their own width."""
-    return raw_bytes(array).view(f"u{array.dtype.itemsize}")
 
 
 def _copied(plan: TensorPlan) -> TensorResult:

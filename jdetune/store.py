@@ -10,13 +10,14 @@ import numpy as np
 from jdetune.checkpoint.stream import open_tensors
 from jdetune.checkpoint.writer import save_safetensors
 from jdetune.explain import Note
+from jdetune.remerge import Remerged
 from jdetune.report import TensorResult
 from jdetune.result import Adapters, Recovery
 
 _FIELDS = ("base", "ranks", "status", "predicted_error", "exact_fraction", "amplification")
 _LARGE = ("base", "certain", "left", "right")
 _STATS = "stats/"
-_SAID = ("status", "method", "remerge_match", "seconds", "reason", "base_dtype")
+_SAID = ("status", "method", "remerged", "seconds", "reason", "base_dtype")
 
 
 def save_results(
@@ -58,11 +59,11 @@ def load_results(
         parts[int(place)][field] = array if field in _LARGE else np.asarray(array)
     results = {}
     for fields, (name, said) in zip(parts, content["results"].items(), strict=True):
-        match = said.pop("remerge_match")
+        again = said.pop("remerged")
         results[name] = TensorResult(
             plan=plans[name],
             recovery=_recovery(fields),
-            remerge_match=None if match is None else tuple(match),
+            remerged=None if again is None else tuple(Remerged(*figure) for figure in again),
             **said,
         )
     return results, [Note(*note) for note in content["notes"]]

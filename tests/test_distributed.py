@@ -12,6 +12,7 @@ import pytest
 
 from jdetune.distributed import ALONE, PeerError, Processes, join, launched
 from jdetune.errors import JdetuneError
+from jdetune.pages.page import render
 from tests import pico
 
 SHAPES = {"a": (64, 48), "b": (80, 56), "c": (64, 48)}
@@ -68,6 +69,28 @@ def untimed(report):
     return {**{k: v for k, v in report.items() if k not in TIMES}, "tensors": tensors}
 
 
+def same_files(one, two):
+    """Checks that two outputs are equal byte by byte, but for times and the command that was typed.
+
+    Returns both reports.
+    """
+    ours, theirs = files_of(one), files_of(two)
+    assert list(ours) == list(theirs)
+    reports = [json.loads(files["report.json"].read_text()) for files in (ours, theirs)]
+    assert untimed(reports[0]) == untimed(reports[1])
+    for files, report in zip((ours, theirs), reports, strict=True):
+        assert files["report.html"].read_text() == render(report)
+    for name in ours:
+        if not name.startswith("report."):
+            parts = [path.read_bytes() for path in (ours[name], theirs[name])]
+            if name.endswith("README.md"):
+                said = [report["command"].encode() for report in reports]
+                assert all(command in part for command, part in zip(said, parts, strict=True))
+                parts = [part.replace(c, b"") for c, part in zip(said, parts, strict=True)]
+            assert parts[0] == parts[1], name
+    return reports
+
+
 def test_two_processes_write_what_one_does(tmp_path):
     paths = write_family(tmp_path)
     alone, together = tmp_path / "alone", tmp_path / "together"
@@ -84,13 +107,7 @@ def test_two_processes_write_what_one_does(tmp_path):
     assert [process.returncode for process in running] == [0, 0], said
     assert said[0][0].startswith("3 of 3 differing matrices recovered")
     assert said[1][0] == ""
-    one, two = files_of(alone), files_of(together)
-    assert list(one) == list(two)
-    for name in one:
-        if name != "report.json":
-            assert one[name].read_bytes() == two[name].read_bytes(), name
-    first, second = (json.loads(f["report.json"].read_text()) for f in (one, two))
-    assert untimed(first) == untimed(second)
+    first, second = same_files(alone, together)
     assert (first["timing"]["processes"], second["timing"]["processes"]) == (1, 2)
 
 

@@ -36,7 +36,7 @@ def test_writes_base_adapters_and_report(tmp_path):
         recover_fn=pico.truth_teller(family.base),
     )
     out = tmp_path / "out"
-    assert {p.name for p in out.iterdir()} == {"base", "adapters", "report.json"}
+    assert {p.name for p in out.iterdir()} == {"base", "adapters", "report.html", "report.json"}
     assert json.loads((out / "report.json").read_text()) == report
     base = open_checkpoint(out / "base")
     for name, truth in family.base.items():
@@ -105,7 +105,7 @@ def test_nothing_recovered_writes_no_base(tmp_path, status, code):
     report = run(family, tmp_path / "out", dict.fromkeys(family.factors[0], status))
     assert report["summary"]["exit_code"] == code
     assert not report["summary"]["base_written"]
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.json"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"report.html", "report.json"}
 
 
 def test_a_doubtful_base_is_written_but_not_a_success(tmp_path):

@@ -1,6 +1,5 @@
 """A run killed at any moment goes on with the same command and ends with the same bytes."""
 
-import json
 import random
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 from jdetune import outfolder, pipeline, solving
 from jdetune.errors import OutputError
 from tests import pico
-from tests.test_distributed import command, files_of, plain_environment, untimed, write_family
+from tests.test_distributed import command, plain_environment, same_files, write_family
 
 #: Files and folders that appear one after another while a run goes on.
 MILESTONES = ("state.json", "solved/first/group-00000.safetensors", "base", "adapters")
@@ -38,17 +37,7 @@ def is_whole_or_unfinished(out):
     return not list(out.iterdir()) or {p.name for p in out.iterdir()} == PRODUCTS
 
 
-PRODUCTS = {"base", "adapters", "masks.safetensors", "report.json"}
-
-
-def assert_same(whole, broken):
-    one, two = files_of(whole), files_of(broken)
-    assert list(one) == list(two)
-    for name in one:
-        if name != "report.json":
-            assert one[name].read_bytes() == two[name].read_bytes(), name
-    first, second = (json.loads(f["report.json"].read_text()) for f in (one, two))
-    assert untimed(first) == untimed(second)
+PRODUCTS = {"base", "adapters", "masks.safetensors", "report.json", "report.html"}
 
 
 def kill(process, rng):
@@ -104,7 +93,7 @@ def test_killed_runs_go_on(tmp_path, capsys):
     with capsys.disabled():
         print(f"\n{killed} kills in one run, which ended with the bytes of an uninterrupted one")
     assert killed > 0
-    assert_same(tmp_path / "whole", out)
+    same_files(tmp_path / "whole", out)
 
 
 @pytest.mark.slow
@@ -115,7 +104,7 @@ def test_fifty_random_kills(tmp_path, capsys):
     clock = time.monotonic()
     assert start(paths, tmp_path / "again").wait(timeout=300) == 0
     seconds = time.monotonic() - clock
-    assert_same(tmp_path / "whole", tmp_path / "again")
+    same_files(tmp_path / "whole", tmp_path / "again")
     killed = runs = 0
     while killed < 50:
         out = tmp_path / f"broken-{runs}"
@@ -128,7 +117,7 @@ def test_fifty_random_kills(tmp_path, capsys):
             for _ in range(rng.randint(2, 6))
         ]
         found = kill_until_done(paths, out, rng, moments)
-        assert_same(tmp_path / "whole", out)
+        same_files(tmp_path / "whole", out)
         killed, runs = killed + found, runs + 1
         assert runs < 100, "runs end before they are killed"
     with capsys.disabled():
@@ -217,7 +206,9 @@ def test_killed_while_the_output_is_put_in_place(tmp_path, monkeypatch, steps):
             assert (out / ".jdetune").is_dir()
     if (out / ".jdetune").exists():
         pipeline.run(family.paths, out, recover_fn=None)  # solves nothing: it is all there
-    assert sorted(p.name for p in out.iterdir()) == ["adapters", "base", "report.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("adapters", "base", "report.html", "report.json")
+    ]
     assert not (out / "base" / "old").exists()
 
 
@@ -310,5 +301,4 @@ def test_a_small_budget_makes_more_groups_and_the_same_files(tmp_path):
     small = pipeline.Options(max_memory=8 * 3 * 48 * 32 * 4)
     pipeline.run(family.paths, tmp_path / "many", small, recover_fn=counting)
     assert calls == [4, 1, 1, 1, 1]
-    one, many = files_of(tmp_path / "one"), files_of(tmp_path / "many")
-    assert all(one[n].read_bytes() == many[n].read_bytes() for n in one if n != "report.json")
+    same_files(tmp_path / "one", tmp_path / "many")

@@ -105,6 +105,7 @@ def render(
             f"base      {out}/recovered/base",
             f"adapters  {out}/recovered/adapters/00 to 04",
             f"report    {out}/recovered/report.json",
+            f"page      {out}/recovered/report.html",
             "",
             f"next: jdetune verify {out}/recovered --reference={base}",
             "or your own: jdetune recover MODEL MODEL MODEL --out=DIR",

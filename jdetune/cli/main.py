@@ -15,6 +15,7 @@ COMMANDS = {
     "recover": "base and adapters of three or more merged models",
     "inspect": "what recover would do: sizes, ranks of a sample, memory",
     "verify": "compare a recovery with a reference and with the merged models",
+    "report": "the table and report.html of a former run again",
     "extract": "adapters of merged models whose base is known",
     "merge": "merge a PEFT adapter into its base, by a chosen rounding",
     "demo": "recover a real sentence encoder from five real fine-tunes",

@@ -191,7 +191,7 @@ def render(report: dict[str, Any], out: str) -> str:
         ]
     else:
         lines += ["", "no base was written"]
-    lines += [f"report    {out}/report.json"]
+    lines += [f"report    {out}/report.json", f"page      {out}/report.html"]
     if summary["base_written"]:
         lines += ["", f"next: jdetune verify {out}"]
     return "\n".join(lines)
