@@ -12,8 +12,8 @@ import numpy as np
 from jdetune import outfolder, report
 from jdetune.checkpoint.adapter_reader import merge_peft
 from jdetune.checkpoint.adapters import AdapterFiles, write_adapter
+from jdetune.checkpoint.compare import is_common
 from jdetune.checkpoint.index import FLOATS, Checkpoint, open_checkpoint
-from jdetune.checkpoint.manifest import is_common
 from jdetune.checkpoint.reader import raw_bytes, read_tensor
 from jdetune.checkpoint.writer import save_json
 from jdetune.damage import find_damage

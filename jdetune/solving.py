@@ -13,10 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from jdetune import explain
+from jdetune import explain, report
 from jdetune.checkpoint.adapter_reader import merge_peft
-from jdetune.checkpoint.manifest import GROUP_BYTES, Plan, TensorPlan, make_plan, read_stack, select
-from jdetune.checkpoint.reader import raw_bytes
+from jdetune.checkpoint.manifest import (
+    GROUP_BYTES,
+    Plan,
+    TensorPlan,
+    make_plan,
+    select,
+    slice_plans,
+)
+from jdetune.checkpoint.reader import numpy_dtype, raw_bytes
+from jdetune.checkpoint.shapes import read_stack
 from jdetune.checkpoint.stacks import factors_of
 from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError
@@ -87,7 +95,8 @@ def solve_one_base(
     results, notes = solve(
         plan, options, store / "first", progress, recover_fn, processes=processes
     )
-    lines = explain.repairs(notes, sum(r.status == "recovered" for r in results))
+    n_solved = sum(r.status == "recovered" for r in report.matrices(results))
+    lines = explain.repairs(notes, n_solved)
     strangers = _strangers(plan, results)
     if not strangers:
         return plan, results, lines
@@ -100,8 +109,8 @@ def solve_one_base(
         processes=processes,
         group_bytes=group_bytes(options),
     )
-    good = [r for r in results if r.recovery is not None and r.status == "recovered"]
-    known = {r.plan.name: _of_models(r, places) for r in good}
+    good = [r for r in results if r.code is not None and r.status == "recovered"]
+    known = {r.plan.name: _of_models(r, places) for r in report.matrices(good)}
     results, notes = solve(rest, options, store / "rest", progress, recover_fn, known, processes)
     reasons = [(name, next(t for t in lines if t.startswith(f"{name} "))) for name in strangers]
     lines += explain.repairs(notes, len(results))
@@ -130,7 +139,7 @@ def solve(
     again.
     """
     known = known or {}
-    planned = {tensor.name: tensor for tensor in plan.tensors}
+    planned = plan.matrices
     groups = [[name for name in group if name not in known] for group in plan.groups]
     groups = list(filter(None, groups))
     store.mkdir(parents=True, exist_ok=True)
@@ -152,12 +161,44 @@ def solve(
         results, own = load_results(_group_file(store, index), planned)
         solved.update(results)
         notes += own
-    results = []
-    for tensor in plan.tensors:
-        earlier = known.get(tensor.name) if tensor.action == "recover" else None
-        kept = None if earlier is None else dataclasses.replace(earlier, plan=tensor)
-        results.append(solved.get(tensor.name) or kept or _copied(tensor))
-    return results, notes
+    solved |= {n: dataclasses.replace(known[n], plan=planned[n]) for n in planned if n in known}
+    return [_of_tensor(tensor, solved) for tensor in plan.tensors], notes
+
+
+def _of_tensor(tensor: TensorPlan, solved: Mapping[str, TensorResult]) -> TensorResult:
+    """A tensor's result from those of its matrices."""
+    if tensor.action != "recover":
+        return _copied(tensor)
+    names = list(slice_plans(tensor))
+    return solved[names[0]] if names == [tensor.name] else stack_result(tensor, solved, names)
+
+
+def stack_result(
+    tensor: TensorPlan, solved: Mapping[str, TensorResult], names: Sequence[str]
+) -> TensorResult:
+    """A stack's result: it has a base where every slice has one."""
+    parts = tuple(solved[name] for name in names)
+    bad = [part for part in parts if part.status != "recovered"]
+    said = [f"{part.plan.name}: {part.reason}" for part in (bad or parts) if part.reason]
+    more = f" (and {len(said) - 1} more of its {len(parts)} slices)" if len(said) > 1 else ""
+    text = "; ".join(filter(None, [tensor.reason, said[0] + more if said else None]))
+    dtypes = [numpy_dtype(part.base_dtype) for part in parts if part.base_dtype]
+    matches = [part.remerge_match for part in parts if part.remerge_match is not None]
+    return TensorResult(
+        plan=tensor,
+        status="failed" if bad else "recovered",
+        method=parts[0].method,
+        remerge_match=None if bad else tuple(np.mean(matches, axis=0).tolist()),
+        seconds=sum(part.seconds or 0.0 for part in parts),
+        reason=text or None,
+        base_dtype=None if bad else str(functools.reduce(wider, dtypes)),
+        parts=parts,
+    )
+
+
+def wider(first: np.dtype, second: np.dtype) -> np.dtype:
+    """The narrowest dtype that holds both: float32 for float16 and bfloat16."""
+    return first if first == second else np.dtype(np.float32)
 
 
 def _read_ahead(
@@ -195,7 +236,7 @@ def _solve_group(
 ) -> tuple[dict[str, TensorResult], list[explain.Note]]:
     """Results and repairs of matrices of one shape."""
     recover = recover_fn or functools.partial(default_recover, max_memory=options.max_memory)
-    planned = {tensor.name: tensor for tensor in plan.tensors}
+    planned = plan.matrices
     rows = [plan.solved.index(i) for i in plan.alike]
     names = [c.name for c in plan.checkpoints]
     clock = time.monotonic()
@@ -261,7 +302,8 @@ def _base_groups(found: Recovery) -> np.ndarray:
 
 def _strangers(plan: Plan, results: Sequence[TensorResult]) -> list[str]:
     """Models that have another base in every matrix that was recovered."""
-    groups = [_base_groups(r.recovery) for r in results if r.recovery and r.status == "recovered"]
+    solved = [r for r in report.matrices(results) if r.status == "recovered"]
+    groups = [_base_groups(r.recovery) for r in solved if r.recovery]
     alone = np.all(np.array(groups) > 0, axis=0) if groups else ()
     return [c.name for c, yes in zip(plan.checkpoints, alone, strict=bool(groups)) if yes]
 
@@ -278,9 +320,10 @@ def left_out_of(
     """
     names = []
     for result in results:
-        if result.recovery is not None and result.status == "recovered":
-            group = _base_groups(result.recovery)[model]
-            if group > 0 or (damaged and group == NO_UPDATE):
+        found = [part.recovery for part in report.matrices([result]) if part.recovery is not None]
+        if result.status == "recovered":
+            groups = [_base_groups(recovery)[model] for recovery in found]
+            if any(group > 0 or (damaged and group == NO_UPDATE) for group in groups):
                 names.append(result.plan.name)
     return tuple(names)
 

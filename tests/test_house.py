@@ -43,6 +43,7 @@ LAYERS = [
         "store",
         "products",
         "report",
+        "slices",
         "inspection",
         "verification",
         "extraction",

@@ -62,12 +62,21 @@ class TensorInfo:
       file: file name inside the checkpoint's folder.
       dtype: NumPy's (or ml_dtypes') word for the dtype.
       shape: its shape.
+      key: its name in the file, where that is another.
+      whole: its shape in the file, where only its first rows are looked at.
     """
 
     name: str
     file: str
     dtype: str
     shape: tuple[int, ...]
+    key: str | None = None
+    whole: tuple[int, ...] | None = None
+
+    @property
+    def stored_name(self) -> str:
+        """Its name in the file."""
+        return self.name if self.key is None else self.key
 
     @property
     def is_matrix(self) -> bool:

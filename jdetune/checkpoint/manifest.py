@@ -2,15 +2,14 @@
 
 import dataclasses
 import hashlib
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from jdetune.checkpoint.index import FLOATS, Checkpoint, TensorInfo
-from jdetune.checkpoint.reader import digest, numpy_dtype, read_tensor
+from jdetune.checkpoint.compare import Marks, all_marks, entries, first_equal, is_common
+from jdetune.checkpoint.index import Checkpoint, TensorInfo
+from jdetune.checkpoint.reader import numpy_dtype
+from jdetune.checkpoint.shapes import View, units, view_of
 from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError, NotOneBaseError
 
@@ -51,7 +50,7 @@ class Plan:
       checkpoints: distinct models, in the order given; the first is the template.
       duplicates: names of dropped models, each with the name of the one it equals.
       tensors: one entry a tensor, in the template's order.
-      groups: names of tensors to recover together: one shape and dtype each.
+      groups: names of matrices to recover together: one shape and dtype each.
       warnings: things that are odd but not wrong.
       alike: for every model, index of the first one that equals it in every matrix in which the
         models differ; the solver sees each such set once.
@@ -73,9 +72,28 @@ class Plan:
         """Indices of the models that the solver sees: distinct in the matrices that differ."""
         return tuple(sorted(set(self.alike)))
 
+    @property
+    def matrices(self) -> dict[str, TensorPlan]:
+        """Plan of every matrix to recover, by its name: a tensor's, or that of a slice of it."""
+        found: dict[str, TensorPlan] = {}
+        for tensor in self.tensors:
+            if tensor.action == "recover":
+                found.update(slice_plans(tensor))
+        return found
+
     def names(self, action: str) -> tuple[str, ...]:
         """Names of the tensors that an action is planned for."""
         return tuple(t.name for t in self.tensors if t.action == action)
+
+
+def slice_plans(tensor: TensorPlan) -> dict[str, TensorPlan]:
+    """Plans of a tensor's matrices, by name; of a stack, each slice has its own."""
+    info = TensorInfo(tensor.name, "", tensor.dtype, tensor.shape)
+    view, names = view_of(info), units(info)
+    if view is None or view.slices is None:
+        return {tensor.name: tensor}
+    shape = (view.row, view.col)
+    return {n: dataclasses.replace(tensor, name=n, shape=shape, reason=None) for n in names}
 
 
 def select(include: str | None = None, exclude: str | None = None) -> Callable[[str], bool]:
@@ -114,7 +132,7 @@ def make_plan(
     names = list(dict.fromkeys(name for c in checkpoints for name in c.tensors))
     if not any(is_common(checkpoints, name) for name in names):
         return _plan_one_architecture(checkpoints, wanted, progress, processes, group_bytes)
-    marks = _all_marks(checkpoints, names, progress, processes)
+    marks = all_marks(checkpoints, names, progress, processes)
     keep, duplicates = _distinct(checkpoints, marks)
     differing = [name for name in names if _is_differing(checkpoints, name, marks[name])]
     kept = tuple(checkpoints[i] for i in keep)
@@ -123,7 +141,7 @@ def make_plan(
         if any(name in c.tensors for c in kept):
             plans.append(_plan_tensor(kept, name, [marks[name][i] for i in keep], wanted))
     groups = group_tensors(kept, [p.name for p in plans if p.action == "recover"], group_bytes)
-    alike = _first_equal([tuple(marks[name][i] for name in differing) for i in keep])
+    alike = first_equal([tuple(marks[name][i] for name in differing) for i in keep])
     return Plan(
         checkpoints=kept,
         duplicates=duplicates,
@@ -183,113 +201,52 @@ def group_by_architecture(checkpoints: Sequence[Checkpoint]) -> list[list[int]]:
 def group_tensors(
     checkpoints: Sequence[Checkpoint], names: Sequence[str], limit: int = GROUP_BYTES
 ) -> tuple[tuple[str, ...], ...]:
-    """Groups names by shape and dtype, in order of first appearance, each within the limits."""
+    """Groups tensors' matrices by shape and dtype, in order, each group within the limits."""
     groups: dict[tuple, list[list[str]]] = {}
     for name in names:
         info = checkpoints[0].tensors[name]
-        size = int(np.prod(info.shape)) * numpy_dtype(info.dtype).itemsize * len(checkpoints)
+        view = view_of(info)
+        assert view is not None, f"{name} is no matrix"
+        size = view.row * view.col * numpy_dtype(info.dtype).itemsize * len(checkpoints)
         room = min(max(1, limit // max(1, size)), GROUP_LAYERS)
-        parts = groups.setdefault((info.shape, info.dtype), [[]])
-        if len(parts[-1]) >= room:
-            parts.append([])
-        parts[-1].append(name)
+        parts = groups.setdefault((view.row, view.col, info.dtype), [[]])
+        for unit in units(info):
+            if len(parts[-1]) >= room:
+                parts.append([])
+            parts[-1].append(unit)
     return tuple(tuple(part) for parts in groups.values() for part in parts)
 
 
-def read_stack(checkpoints: Sequence[Checkpoint], name: str) -> np.ndarray:
-    """One matrix of all models, [model, row, col]; float32 holds dtypes that differ."""
-    models = [read_tensor(checkpoint, name) for checkpoint in checkpoints]
-    if len({model.dtype for model in models}) > 1:
-        models = [model.astype(np.float32) for model in models]
-    return np.stack(models)
-
-
-def _infos(checkpoints: Sequence[Checkpoint], name: str) -> list[TensorInfo | None]:
-    return [c.tensors.get(name) for c in checkpoints]
-
-
-def is_common(checkpoints: Sequence[Checkpoint], name: str) -> bool:
-    """Whether all models have the tensor in one shape, as floats of any width or in one dtype."""
-    infos = _infos(checkpoints, name)
-    kinds = {(i.shape, "float" if i.dtype in FLOATS else i.dtype) if i else None for i in infos}
-    return None not in kinds and len(kinds) == 1
-
-
-def _all_marks(
-    checkpoints: Sequence[Checkpoint],
-    names: Sequence[str],
-    progress: Callable[[int, int], None] | None,
-    processes: Processes,
-) -> dict[str, tuple[bytes | None, ...]]:
-    """Digests by tensor name, in the order of the names; every process reads its share."""
-    infos = [next(i for i in _infos(checkpoints, name) if i is not None) for name in names]
-    mine = processes.share([math.prod(info.shape) for info in infos])
-    own: dict[str, list[str | None]] = {}
-    for done, index in enumerate(mine):
-        marks = _marks(checkpoints, names[index])
-        own[names[index]] = [None if mark is None else mark.hex() for mark in marks]
-        if progress is not None:
-            progress(done + 1, len(mine))
-    found: dict[str, list[str | None]] = {}
-    for part in processes.exchange(own):
-        found.update(part)
-    return {n: tuple(None if m is None else bytes.fromhex(m) for m in found[n]) for n in names}
-
-
-def _marks(checkpoints: Sequence[Checkpoint], name: str) -> tuple[bytes | None, ...]:
-    """A digest a model of shape and values; None where the tensor is missing."""
-    infos = _infos(checkpoints, name)
-    dtypes = {info.dtype for info in infos if info is not None}
-    widen = len(dtypes) > 1 and dtypes <= set(FLOATS)
-    marks: list[bytes | None] = []
-    for checkpoint, info in zip(checkpoints, infos, strict=True):
-        if info is None:
-            marks.append(None)
-        else:
-            values = read_tensor(checkpoint, name)
-            values = values.astype(np.float32) if widen else values
-            marks.append(f"{info.shape}{values.dtype}".encode() + digest(values))
-    return tuple(marks)
-
-
 def _distinct(
-    checkpoints: Sequence[Checkpoint], marks: dict[str, tuple[bytes | None, ...]]
+    checkpoints: Sequence[Checkpoint], marks: dict[str, Marks]
 ) -> tuple[list[int], tuple[tuple[str, str], ...]]:
-    first = _first_equal(list(zip(*marks.values(), strict=True)))
+    first = first_equal(list(zip(*marks.values(), strict=True)))
     keep = [i for i, twin in enumerate(first) if twin == i]
     twins = [(i, twin) for i, twin in enumerate(first) if twin != i]
     return keep, tuple((checkpoints[i].name, checkpoints[twin].name) for i, twin in twins)
 
 
-def _first_equal(keys: Sequence[tuple]) -> tuple[int, ...]:
-    """For every key, the index of the first that equals it."""
-    first: dict[tuple, int] = {}
-    return tuple(first.setdefault(key, i) for i, key in enumerate(keys))
-
-
-def _is_differing(
-    checkpoints: Sequence[Checkpoint], name: str, marks: Sequence[bytes | None]
-) -> bool:
-    """Whether it is a matrix of one kind in all models, in which they differ."""
+def _is_differing(checkpoints: Sequence[Checkpoint], name: str, marks: Marks) -> bool:
+    """Whether it is made of matrices of one kind in all models, in which they differ."""
     info = checkpoints[0].tensors.get(name)
-    kind = info is not None and info.is_matrix and is_common(checkpoints, name)
+    kind = info is not None and view_of(info) is not None and is_common(checkpoints, name)
     return kind and len(set(marks)) > 1
 
 
 def _plan_tensor(
     checkpoints: Sequence[Checkpoint],
     name: str,
-    marks: Sequence[bytes | None],
+    marks: Marks,
     wanted: Callable[[str], bool],
 ) -> TensorPlan:
-    info = next(i for i in _infos(checkpoints, name) if i is not None)
+    info = next(i for i in entries(checkpoints, name) if i is not None)
     fields = (name, info.shape, info.dtype)
     if len(set(marks)) == 1:
         return TensorPlan(*fields, "identical", source=0)
-    common = is_common(checkpoints, name)
-    if common and info.is_matrix:
+    common, view = is_common(checkpoints, name), view_of(info)
+    if common and view is not None:
         if wanted(name):
-            return TensorPlan(*fields, "recover")
+            return _plan_matrices(checkpoints, info, view)
         return TensorPlan(*fields, "skipped", EXCLUDED)
     mark, count = Counter(m for m in marks if m is not None).most_common(1)[0]
     if 2 * count > len(marks):
@@ -298,15 +255,21 @@ def _plan_tensor(
         return TensorPlan(*fields, "consensus", reason, marks.index(mark))
     if not common:
         return TensorPlan(*fields, "skipped", _mismatch(checkpoints, name))
-    if len(info.shape) > 2:
-        reason = "differs and has more than two axes; convolutions and experts are not handled yet"
-        return TensorPlan(*fields, "failed", reason)
     return TensorPlan(*fields, "per_model", "differs in most models and is not a float matrix")
+
+
+def _plan_matrices(checkpoints: Sequence[Checkpoint], info: TensorInfo, view: View) -> TensorPlan:
+    fields = (info.name, info.shape, info.dtype)
+    slices = units(info) if view.slices is not None else ()
+    if any(name in c.tensors for c in checkpoints for name in slices):
+        reason = f"another tensor is called like a slice of it, {info.name}[0]. Rename one of them."
+        return TensorPlan(*fields, "failed", reason)
+    return TensorPlan(*fields, "recover", view.reason)
 
 
 def _mismatch(checkpoints: Sequence[Checkpoint], name: str) -> str:
     parts = []
-    for checkpoint, info in zip(checkpoints, _infos(checkpoints, name), strict=True):
+    for checkpoint, info in zip(checkpoints, entries(checkpoints, name), strict=True):
         what = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
         parts.append(f"{checkpoint.name}: {what}")
     return "not the same kind in all models (" + ", ".join(parts) + ")"

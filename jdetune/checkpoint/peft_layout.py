@@ -8,6 +8,10 @@ from jdetune.checkpoint.index import Checkpoint
 
 PREFIX = "base_model.model."
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+#: Models whose stacked experts are [expert, in, out] (``is_transposed`` in transformers).
+_TRANSPOSED_MODELS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
+#: Parameters of one module of experts, in the order in which transformers defines them.
+PARAMETER_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 _EMBEDDING_LEAVES = ("wte", "wpe", "shared")
 _NOT_EMBEDDINGS = ("embed_out",)
@@ -55,6 +59,11 @@ def uses_conv1d(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in _CONV1D_MODELS
 
 
+def is_transposed(config: Mapping[str, Any]) -> bool:
+    """Whether a model stores stacked experts as [expert, in, out]."""
+    return config.get("model_type") in _TRANSPOSED_MODELS
+
+
 def kind_of(module: str, config: Mapping[str, Any]) -> Kind:
     """Kind of a module, by the last word of its path.
 
@@ -90,7 +99,8 @@ def all_modules(checkpoint: Checkpoint) -> set[str]:
 def target_modules(targets: Collection[str], modules: Collection[str]) -> list[str]:
     """Shortest list that makes PEFT target exactly these modules.
 
-    Leaf names where every module of that leaf is targeted, whole paths otherwise.
+    Leaf names where every module of that leaf is targeted, whole paths otherwise; also for modules
+    of a sequence, whose neighbours may hold no weights.
 
     Example:
       >>> target_modules(["a.q", "b.q", "a.k"], ["a", "b", "a.q", "b.q", "a.k", "b.k"])
@@ -103,7 +113,8 @@ def target_modules(targets: Collection[str], modules: Collection[str]) -> list[s
     names: set[str] = set()
     for module in chosen:
         leaf = leaf_of(module)
-        names.add(leaf if by_leaf.get(leaf, set()) <= chosen else module)
+        alone = by_leaf.get(leaf, set()) <= chosen and not leaf.isdigit()
+        names.add(leaf if alone else module)
     return sorted(names)
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from jdetune.checkpoint.adapters import AdapterFiles, write_adapter
+from jdetune.checkpoint.compare import is_common
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
-from jdetune.checkpoint.manifest import is_common, read_stack, select
+from jdetune.checkpoint.manifest import select
 from jdetune.checkpoint.reader import raw_bytes, read_tensor
+from jdetune.checkpoint.shapes import read_stack, units, view_of
 from jdetune.checkpoint.writer import save_like
 from jdetune.errors import InputError
 from jdetune.result import Recovery
@@ -25,7 +27,8 @@ def load_stack(paths: Sequence[str | Path], include: str | None = None) -> dict[
 
     Returns:
       Tensor name to [model, row, col], in the dtype of the files (float32 where they differ) and
-      the order of the first.
+      the order of the first. Convolutions come as [model, out, in * kernel]; of stacked experts,
+      each is an entry ``NAME[i]``.
 
     Raises:
       InputError: no model is given, one cannot be read, or no matrix is left.
@@ -36,10 +39,10 @@ def load_stack(paths: Sequence[str | Path], include: str | None = None) -> dict[
     wanted = select(include)
     stacks: dict[str, np.ndarray] = {}
     for name, info in checkpoints[0].tensors.items():
-        if not (info.is_matrix and wanted(name) and is_common(checkpoints, name)):
+        if view_of(info) is None or not wanted(name) or not is_common(checkpoints, name):
             continue
         if include is not None or _differs(checkpoints, name):
-            stacks[name] = read_stack(checkpoints, name)
+            stacks.update({unit: read_stack(checkpoints, unit) for unit in units(info)})
     if not stacks:
         what = "matches include" if include is not None else "differs between the models"
         raise InputError(f"no matrix {what}. Check that the models are fine-tunes of one base.")
@@ -54,18 +57,26 @@ def save_base(recovery: Mapping[str, Recovery], template: str | Path, out: str |
       template: one of the merged models; gives shard layout, config and tokenizer.
       out: folder to write.
 
-    Every tensor that is not in ``recovery`` is the template's own copy, unverified: a vector, a
-    convolution or a matrix left out of the stack, in which the models differ, is then that model's
-    fine-tuned one, not the base's. ``jdetune recover`` compares all models and takes the majority's
-    copy, or none. Matrices in ``recovery`` whose status has no base are left out.
+    Every tensor that is not in ``recovery`` is the template's own copy, unverified: a vector or a
+    matrix left out of the stack, in which the models differ, is then that model's fine-tuned one,
+    not the base's. ``jdetune recover`` compares all models and takes the majority's copy, or none.
+    Tensors in ``recovery`` whose status has no base are left out; a stack of which only some slices
+    are in ``recovery`` too.
     """
     checkpoint = open_checkpoint(template)
 
     def get_tensor(name: str) -> np.ndarray | None:
-        if name not in recovery:
+        info = checkpoint.tensors[name]
+        found = [recovery[unit] for unit in units(info) if unit in recovery]
+        if not found:
             return read_tensor(checkpoint, name)
-        found = recovery[name]
-        return np.asarray(found.base) if Status(int(found.status)).has_base else None
+        whole = len(found) == len(units(info))
+        if not whole or not all(Status(int(part.status)).has_base for part in found):
+            return None
+        bases = [np.asarray(part.base) for part in found]
+        if len({base.dtype for base in bases}) > 1:
+            bases = [base.astype(np.float32) for base in bases]
+        return np.stack(bases).reshape(info.shape)
 
     save_like(checkpoint, out, get_tensor)
 
@@ -112,7 +123,7 @@ def save_adapters(
 def factors_of(
     recovery: Mapping[str, Recovery], model: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """One model's factors by tensor name, cut to its rank."""
+    """One model's factors by matrix name, cut to its rank; always two axes."""
     factors = {}
     for name, found in recovery.items():
         rank = int(np.asarray(found.ranks)[model])

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from jdetune.checkpoint import make_plan, open_checkpoint, select
-from jdetune.checkpoint.manifest import group_tensors, read_stack
+from jdetune.checkpoint.manifest import group_tensors
+from jdetune.checkpoint.shapes import read_stack
 from jdetune.errors import InputError, NotOneBaseError
 from tests import pico
 
