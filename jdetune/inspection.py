@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jdetune import explain
+from jdetune.checkpoint.alignment import align
 from jdetune.checkpoint.compare import is_common
 from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.manifest import GROUP_BYTES
@@ -137,6 +138,11 @@ def inspect(
     Returns:
       A dict for JSON with ``models``, ``sample``, ``exit_code`` and a ``verdict``.
     """
+    described = [describe(checkpoint) for checkpoint in checkpoints]
+    read_bytes = sum(stored_bytes(c) for c in checkpoints)
+    write_bytes = stored_bytes(checkpoints[0])
+    aligned = align(checkpoints)
+    checkpoints = aligned.checkpoints
     alike, unlike = common_names(checkpoints)
     sample = sample_differing(checkpoints, alike, count)
     n_distinct = distinct_models(sample, len(checkpoints)) if sample else 1
@@ -150,15 +156,16 @@ def inspect(
         entries = []  # what a solver says of two models means nothing
     views = [view_of(checkpoints[0].tensors[name]) for name in alike]
     return {
-        "models": [describe(checkpoint) for checkpoint in checkpoints],
+        "models": described,
+        "notes": list(aligned.notes),
         "alike": len(alike),
         "matrices": sum(view.slices or 1 for view in views if view is not None),
         "unlike": unlike,
         "distinct_in_sample": n_distinct,
         "sample": entries,
         "memory_bytes": memory_estimate(checkpoints, alike),
-        "read_bytes": sum(stored_bytes(c) for c in checkpoints),
-        "write_bytes": stored_bytes(checkpoints[0]),
+        "read_bytes": read_bytes,
+        "write_bytes": write_bytes,
         "verdict": verdict,
         "exit_code": code,
     }

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from jdetune.checkpoint.adapters import write_adapter
-from jdetune.checkpoint.index import Checkpoint
+from jdetune.checkpoint.index import Checkpoint, TensorInfo
 from jdetune.checkpoint.manifest import Plan
 from jdetune.checkpoint.placement import BARE
 from jdetune.checkpoint.reader import numpy_dtype, raw_bytes, read_tensor
+from jdetune.checkpoint.shapes import units
 from jdetune.checkpoint.stacks import factors_of
+from jdetune.checkpoint.ties import is_alias, is_tied
+from jdetune.checkpoint.vocabulary import fit_side_files, resized
 from jdetune.checkpoint.writer import Shard, finish_shards, save_safetensors, save_shard
 from jdetune.deferred import Deferred
 from jdetune.distributed import ALONE, Processes
@@ -75,6 +78,7 @@ def write_products(
     everything = [Shard(*shard) for part in written for shard in part["shards"]]
     if processes.first:
         finish_shards(template, stage / "base", everything)
+        fit_side_files(plan.checkpoints, stage / "base")
     left_out = {name: why for part in written for name, why in part["left_out"].items()}
     return sum(shard.n_parameters for shard in everything), left_out
 
@@ -121,14 +125,46 @@ def _write_adapter(
 ) -> dict[str, str]:
     """Writes one model's adapter; returns the tensors that it cannot hold, with the reason."""
     checkpoint = plan.checkpoints[model]
-    good = [r for r in results if r.status == "recovered"]
-    found = {r.plan.name: r.recovery for r in matrices(good) if r.recovery is not None}
-    per_model = tuple(r.plan.name for r in results if r.status == "per_model")
+    tied, heads = _tied_heads(plan, model)
+    kept = [r for r in results if r.plan.name not in tied]
+    good = [r for r in kept if r.status == "recovered"]
+    found = _factors(good, model)
+    per_model = tuple(r.plan.name for r in kept if r.status == "per_model")
     own, unfit = _own_copies(plan, checkpoint)
-    whole = per_model + own + left_out_of(results, model)
+    whole = per_model + own + left_out_of(results, model) + resized(checkpoint) + heads
     folder = stage / "adapters" / checkpoint.name
-    written = write_adapter(folder, factors_of(found, model), checkpoint, whole)
+    written = write_adapter(folder, found, checkpoint, whole)
     return {**written.reasons, **dict.fromkeys(unfit, BARE)}
+
+
+def _factors(results: Sequence[TensorResult], model: int) -> dict[str, Any]:
+    """A model's factors by matrix name; a tied head's under its own name."""
+    found = {}
+    for result in results:
+        names = units(TensorInfo(result.plan.name, "", result.plan.dtype, result.plan.shape))
+        for name, part in zip(names, matrices([result]), strict=True):
+            if part.recovery is not None:
+                found[name] = part.recovery
+    return factors_of(found, model)
+
+
+def _tied_heads(plan: Plan, model: int) -> tuple[set[str], tuple[str, ...]]:
+    """Heads that are one with their embedding in the base: those also one in this model, and not.
+
+    The embedding's update is merged into such a head too, since both have one storage. Factors of
+    the head's own would count there as well, and twice where they are the same; a head of its own
+    is kept whole.
+    """
+    template = plan.checkpoints[0]
+    same, apart = set(), []
+    for head, (embedding, equal) in plan.ties.items():
+        lacks = head not in template.tensors or is_alias(template, head, embedding)
+        if lacks or is_tied(template.config):
+            if equal[model]:
+                same.add(head)
+            elif head in plan.checkpoints[model].tensors:
+                apart.append(head)
+    return same, tuple(apart)
 
 
 def _own_copies(plan: Plan, checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -155,9 +191,14 @@ def _equal(first: np.ndarray, second: np.ndarray) -> bool:
 def _full_template(plan: Plan, sources: Mapping[str, int | None]) -> Checkpoint:
     """The first model, with the tensors that only a majority of the others holds."""
     template = plan.checkpoints[0]
+    own = {
+        name: info
+        for name, info in template.tensors.items()
+        if name not in plan.ties or not is_alias(template, name, plan.ties[name][0])
+    }
     extra = {
         name: dataclasses.replace(plan.checkpoints[s].tensors[name], file=template.files[-1])
         for name, s in sources.items()
         if s is not None and name not in template.tensors
     }
-    return dataclasses.replace(template, tensors={**template.tensors, **extra})
+    return dataclasses.replace(template, tensors={**own, **extra})

@@ -162,7 +162,16 @@ def solve(
         solved.update(results)
         notes += own
     solved |= {n: dataclasses.replace(known[n], plan=planned[n]) for n in planned if n in known}
-    return [_of_tensor(tensor, solved) for tensor in plan.tensors], notes
+    whole = {tensor.name: _of_tensor(tensor, solved) for tensor in plan.tensors}
+    return [_of_tied(whole[tensor.name], whole) for tensor in plan.tensors], notes
+
+
+def _of_tied(result: TensorResult, results: Mapping[str, TensorResult]) -> TensorResult:
+    """A tied tensor's result is that of the tensor that it is tied to."""
+    if result.plan.tied_to is None:
+        return result
+    other = results[result.plan.tied_to]
+    return dataclasses.replace(other, plan=result.plan, reason=result.plan.reason, seconds=None)
 
 
 def _of_tensor(tensor: TensorPlan, solved: Mapping[str, TensorResult]) -> TensorResult:

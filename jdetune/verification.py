@@ -8,9 +8,12 @@ import numpy as np
 
 from jdetune import metrics
 from jdetune.checkpoint.adapter_reader import Adapter, LoraUpdate, merge_peft, read_adapter
+from jdetune.checkpoint.aliases import align_names
+from jdetune.checkpoint.alignment import align
 from jdetune.checkpoint.index import FLOATS, Checkpoint, TensorInfo, open_checkpoint
 from jdetune.checkpoint.reader import raw_bytes, read_tensor
 from jdetune.checkpoint.shapes import matrices, units, view_of
+from jdetune.checkpoint.ties import is_tied, tie_pairs, with_ties
 from jdetune.errors import InputError
 from jdetune.report import read_report
 
@@ -62,7 +65,8 @@ def verify(
     result["passed_over"] = sorted(passed_over)
     if reference is not None:
         known = passed_over | set(by_status.get("per_model", ()))
-        compared, differing = compare_base(base, open_checkpoint(reference), recovered, known)
+        ours, truth = align([base, open_checkpoint(reference)]).checkpoints
+        compared, differing = compare_base(ours, truth, recovered, known)
         result |= compared
         result["reference"] = str(reference)
         result["failures"] += [
@@ -74,7 +78,8 @@ def verify(
     result["models"] = []
     for done, (name, path) in enumerate(merged.items()):
         adapter = read_adapter(out / "adapters" / name, base.config)
-        entry = {"name": name, **remerge(base, adapter, open_checkpoint(path), passed_over)}
+        _, model = align_names([base, open_checkpoint(path)])[0]
+        entry = {"name": name, **remerge(base, adapter, model, passed_over)}
         result["models"].append(entry)
         if progress is not None:
             progress("re-merge", done + 1, len(merged))
@@ -142,18 +147,21 @@ def remerge(
     equal = total = max_ulp = n_tensors = 0
     worst = 0.0
     off = []
+    ties = tie_pairs([base, merged])
+    base = with_ties(base, ties)
     for name, info in merged.tensors.items():
         if name in passed_over:
             continue
         n_tensors += 1
         target = read_tensor(merged, name)
-        again = _again(name, base, adapter, target.dtype)
+        own = _stored_for(name, base, adapter, ties)
+        again = _again(own, base, adapter, target.dtype)
         if again is None:
             off.append(name)
             continue
         if again.shape != target.shape:
             off.append(name)
-        elif info.dtype not in FLOATS or not _updates_of(info, adapter):
+        elif info.dtype not in FLOATS or not _updates_of(base.tensors[own], adapter):
             if not _same(again, target) and not _is_near(again, target, info):
                 off.append(name)
         else:
@@ -209,6 +217,12 @@ def _is_near(again: np.ndarray, target: np.ndarray, info: TensorInfo) -> bool:
     if view_of(info) is None or str(again.dtype) not in FLOATS:
         return False
     return _miss(again.astype(target.dtype), target, info) <= 1.0
+
+
+def _stored_for(name: str, base: Checkpoint, adapter: Adapter, ties: Mapping[str, str]) -> str:
+    """The tensor whose merge gives another: the embedding's, for a head that is tied to it."""
+    given = name in adapter.saved or name in adapter.updates
+    return ties[name] if name in ties and is_tied(base.config) and not given else name
 
 
 def _updates_of(info: TensorInfo, adapter: Adapter) -> dict[int, LoraUpdate]:

@@ -70,8 +70,17 @@ def knows(true: Path) -> Callable[..., Any]:
     return pico.truth_teller(found)
 
 
-def round_trip(paths: list[Path], out: Path, auto: Any, recover: Any = None) -> dict[str, Any]:
+def round_trip(
+    paths: list[Path], out: Path, auto: Any, recover: Any = None, rows: dict[str, int] | None = None
+) -> dict[str, Any]:
     """Recovers, loads base and adapters with the real libraries and compares with the models.
+
+    Args:
+      paths: merged models.
+      out: folder to write.
+      auto: transformers' class to load with.
+      recover: stands in for the solver.
+      rows: models of larger vocabularies, as their adapters' cards say.
 
     Returns:
       The report.
@@ -82,6 +91,8 @@ def round_trip(paths: list[Path], out: Path, auto: Any, recover: Any = None) -> 
         with quiet():
             wanted = auto.from_pretrained(path).state_dict()
             model = auto.from_pretrained(out / "base")
+            if path.name in (rows or {}):
+                model.resize_token_embeddings(rows[path.name], mean_resizing=False)
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message=".*missing adapter keys.*")
                 tuned = peft.PeftModel.from_pretrained(model, out / "adapters" / path.name)

@@ -12,6 +12,7 @@ from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.peft_tensors import Pair, module_tensors, stack_tensors
 from jdetune.checkpoint.placement import Placement, place
 from jdetune.checkpoint.shapes import read_whole, view_of
+from jdetune.checkpoint.ties import is_tied
 from jdetune.checkpoint.writer import save_json, save_safetensors, save_text
 
 CONFIG_NAME = "adapter_config.json"
@@ -41,8 +42,16 @@ model = PeftModel.from_pretrained(base, "PATH/adapters/{name}")
 ```
 
 {n_layers} layers, ranks {low} to {high}. The scale of LoRA cannot be known from merged weights, so
-`lora_alpha` equals the rank in every layer.{shared}
+`lora_alpha` equals the rank in every layer.{shared}{notes}
 """
+_RESIZED = """
+
+Its vocabulary has {rows} entries, not the base's {common}: call
+`base.resize_token_embeddings({rows})` before the adapter is loaded."""
+_TIED = """
+
+The head is tied to the embedding, which has factors: call `model.merge_and_unload()` before use,
+since PEFT applies them to the head only when they are merged."""
 _RECOVERED_BASE = "../../base"
 
 
@@ -97,7 +106,8 @@ def write_adapter(
     tensors.update({layout.PREFIX + n: read_whole(checkpoint, n) for n in placed.saved})
     save_safetensors(path / WEIGHTS_NAME, tensors)
     save_json(path / CONFIG_NAME, _config(placed, checkpoint, base), sort_keys=True)
-    save_text(path / "README.md", _card(path.name, placed.ranks, base, config))
+    card = _card(path.name, placed.ranks, base, config, _notes(placed, checkpoint))
+    save_text(path / "README.md", card)
     targets = (*placed.modules, *placed.stacks)
     left_out = placed.left_out
     return AdapterFiles(path, targets, tuple(left_out), placed.saved, left_out)
@@ -124,6 +134,9 @@ def _config(placed: Placement, checkpoint: Checkpoint, base: str) -> dict[str, A
     targets = layout.target_modules(paths, modules)
     if not (targets or placed.stacks):
         targets = sorted(placed.whole)
+    tied = is_tied(checkpoint.config) and any(
+        layout.leaf_of(module) in layout.TOKEN_EMBEDDINGS for module in placed.whole
+    )
     return {
         "peft_type": "LORA",
         "task_type": layout.task_type(checkpoint.config),
@@ -141,10 +154,25 @@ def _config(placed: Placement, checkpoint: Checkpoint, base: str) -> dict[str, A
         "use_rslora": False,
         "use_dora": False,
         "inference_mode": True,
+        # an embedding that is kept whole is the head's too
+        **({"ensure_weight_tying": True} if tied else {}),
     }
 
 
-def _card(name: str, ranks: Mapping[str, int], base: str, config: Mapping[str, Any]) -> str:
+def _notes(placed: Placement, checkpoint: Checkpoint) -> str:
+    """What a user has to do beyond loading."""
+    infos = [checkpoint.tensors[name] for name in placed.saved]
+    sizes = {(i.whole[0], i.shape[0]) for i in infos if i.whole is not None}
+    notes = [_RESIZED.format(rows=rows, common=common) for rows, common in sorted(sizes)]
+    leaves = [layout.leaf_of(layout.module_of(name)) for name in placed.modules]
+    if is_tied(checkpoint.config) and set(leaves) & set(layout.TOKEN_EMBEDDINGS):
+        notes.append(_TIED)
+    return "".join(notes)
+
+
+def _card(
+    name: str, ranks: Mapping[str, int], base: str, config: Mapping[str, Any], notes: str = ""
+) -> str:
     auto = {
         "CAUSAL_LM": "AutoModelForCausalLM",
         "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -160,6 +188,7 @@ def _card(name: str, ranks: Mapping[str, int], base: str, config: Mapping[str, A
         auto=auto,
         n_layers=len(ranks),
         low=min(values),
+        notes=notes,
         high=max(values),
         which="the recovered base" if recovered else "the base that it was compared with",
         where="PATH/base" if recovered else base,

@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from jdetune.checkpoint.alignment import align
 from jdetune.checkpoint.compare import Marks, all_marks, entries, first_equal, is_common
 from jdetune.checkpoint.index import Checkpoint, TensorInfo
 from jdetune.checkpoint.reader import numpy_dtype
@@ -32,6 +33,7 @@ class TensorPlan:
       action: ``identical``, ``recover``, ``consensus``, ``per_model``, ``failed`` or ``skipped``.
       reason: why, where it is not simply recovered or copied.
       source: index of the model to copy it from, None if there is none.
+      tied_to: the tensor that it equals in every model, where it is tied to one.
     """
 
     name: str
@@ -40,6 +42,7 @@ class TensorPlan:
     action: str
     reason: str | None = None
     source: int | None = None
+    tied_to: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Plan:
         models differ; the solver sees each such set once.
       left_out: names of models that do not belong with the others, each with the reason.
       fingerprint: of every tensor of every model, by content.
+      ties: heads that can be tied, each with its embedding and with which models have both equal.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -66,6 +70,7 @@ class Plan:
     alike: tuple[int, ...]
     left_out: tuple[tuple[str, str], ...] = ()
     fingerprint: str = ""
+    ties: Mapping[str, tuple[str, tuple[bool, ...]]] = dataclasses.field(default_factory=dict)
 
     @property
     def solved(self) -> tuple[int, ...]:
@@ -129,17 +134,26 @@ def make_plan(
     Raises:
       NotOneBaseError: nothing in common.
     """
+    given, aligned = checkpoints, align(checkpoints)
+    checkpoints = aligned.checkpoints
     names = list(dict.fromkeys(name for c in checkpoints for name in c.tensors))
     if not any(is_common(checkpoints, name) for name in names):
-        return _plan_one_architecture(checkpoints, wanted, progress, processes, group_bytes)
+        return _plan_one_architecture(given, wanted, progress, processes, group_bytes)
     marks = all_marks(checkpoints, names, progress, processes)
     keep, duplicates = _distinct(checkpoints, marks)
     differing = [name for name in names if _is_differing(checkpoints, name, marks[name])]
     kept = tuple(checkpoints[i] for i in keep)
+    ties = {}
+    for head, embedding in aligned.ties.items():
+        same = [a == b for a, b in zip(marks[head], marks[embedding], strict=True)]
+        ties[head] = (embedding, tuple(same[i] for i in keep))
     plans = []
     for name in names:
         if any(name in c.tensors for c in kept):
-            plans.append(_plan_tensor(kept, name, [marks[name][i] for i in keep], wanted))
+            tensor = _plan_tensor(kept, name, [marks[name][i] for i in keep], wanted)
+            tensor = _tie(tensor, ties)
+            notes = filter(None, [tensor.reason, aligned.cut.get(name)])
+            plans.append(dataclasses.replace(tensor, reason="; ".join(notes) or None))
     groups = group_tensors(kept, [p.name for p in plans if p.action == "recover"], group_bytes)
     alike = first_equal([tuple(marks[name][i] for name in differing) for i in keep])
     return Plan(
@@ -147,8 +161,9 @@ def make_plan(
         duplicates=duplicates,
         tensors=tuple(plans),
         groups=groups,
-        warnings=_config_warnings(kept),
+        warnings=(*aligned.notes, *_config_warnings(kept)),
         alike=alike,
+        ties=ties,
         fingerprint=hashlib.sha256(repr(list(marks.items())).encode()).hexdigest(),
     )
 
@@ -186,7 +201,7 @@ def _plan_one_architecture(
 
 def group_by_architecture(checkpoints: Sequence[Checkpoint]) -> list[list[int]]:
     """Indices of models that have half of their tensors' names and shapes or more in common."""
-    kinds = [{(i.name, i.shape) for i in c.tensors.values()} for c in checkpoints]
+    kinds = [{(name, i.shape) for name, i in c.tensors.items()} for c in checkpoints]
     groups: list[list[int]] = []
     for index, own in enumerate(kinds):
         for group in groups:
@@ -256,6 +271,15 @@ def _plan_tensor(
     if not common:
         return TensorPlan(*fields, "skipped", _mismatch(checkpoints, name))
     return TensorPlan(*fields, "per_model", "differs in most models and is not a float matrix")
+
+
+def _tie(tensor: TensorPlan, ties: Mapping[str, tuple[str, tuple[bool, ...]]]) -> TensorPlan:
+    """A head that equals its embedding in every model is not worked on again."""
+    embedding, same = ties.get(tensor.name, ("", ()))
+    if tensor.action not in ("recover", "per_model") or not all(same) or not same:
+        return tensor
+    reason = f"tied to {embedding}: the same in every model"
+    return dataclasses.replace(tensor, action="tied", tied_to=embedding, reason=reason)
 
 
 def _plan_matrices(checkpoints: Sequence[Checkpoint], info: TensorInfo, view: View) -> TensorPlan:

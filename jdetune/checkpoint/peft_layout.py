@@ -13,6 +13,9 @@ _TRANSPOSED_MODELS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 #: Parameters of one module of experts, in the order in which transformers defines them.
 PARAMETER_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+#: Last words of the modules that embed tokens.
+TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings")
+TOKEN_EMBEDDINGS += ("embed_in", "token_embedding", "tokens_embed")
 _EMBEDDING_LEAVES = ("wte", "wpe", "shared")
 _NOT_EMBEDDINGS = ("embed_out",)
 _TASKS = {

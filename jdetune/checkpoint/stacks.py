@@ -1,11 +1,13 @@
 """Python calls: merged checkpoints to stacks, recoveries to folders."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jdetune.checkpoint.adapters import AdapterFiles, write_adapter
+from jdetune.checkpoint.alignment import align
 from jdetune.checkpoint.compare import is_common
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
 from jdetune.checkpoint.manifest import select
@@ -35,12 +37,15 @@ def load_stack(paths: Sequence[str | Path], include: str | None = None) -> dict[
     """
     if not paths:
         raise InputError("no model is given. Give the paths of merged models of one base.")
-    checkpoints = [open_checkpoint(path) for path in paths]
+    aligned = align([open_checkpoint(path) for path in paths])
+    checkpoints = aligned.checkpoints
     wanted = select(include)
     stacks: dict[str, np.ndarray] = {}
     for name, info in checkpoints[0].tensors.items():
         if view_of(info) is None or not wanted(name) or not is_common(checkpoints, name):
             continue
+        if name in aligned.ties and _equals(checkpoints, name, aligned.ties[name]):
+            continue  # tied to an embedding, which is read
         if include is not None or _differs(checkpoints, name):
             stacks.update({unit: read_stack(checkpoints, unit) for unit in units(info)})
     if not stacks:
@@ -76,7 +81,8 @@ def save_base(recovery: Mapping[str, Recovery], template: str | Path, out: str |
         bases = [np.asarray(part.base) for part in found]
         if len({base.dtype for base in bases}) > 1:
             bases = [base.astype(np.float32) for base in bases]
-        return np.stack(bases).reshape(info.shape)
+        common = np.stack(bases)  # of resized vocabularies, the rows that all models have
+        return common.reshape(info.shape) if common.size == math.prod(info.shape) else bases[0]
 
     save_like(checkpoint, out, get_tensor)
 
@@ -136,6 +142,12 @@ def _is_plain(name: str) -> bool:
     """Whether it names a folder right in another, on every system."""
     plain = not set(name) & set("/\\:") and not name.startswith(".")
     return plain and name.isprintable() and name.strip() == name != ""
+
+
+def _equals(checkpoints: Sequence[Checkpoint], name: str, other: str) -> bool:
+    """Whether two tensors are the same in every model."""
+    pairs = [(read_tensor(c, name), read_tensor(c, other)) for c in checkpoints]
+    return all(np.array_equal(raw_bytes(first), raw_bytes(second)) for first, second in pairs)
 
 
 def _differs(checkpoints: Sequence[Checkpoint], name: str) -> bool:
