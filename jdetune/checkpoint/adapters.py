@@ -12,7 +12,7 @@ from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.peft_tensors import Pair, module_tensors, stack_tensors
 from jdetune.checkpoint.placement import Placement, place
 from jdetune.checkpoint.shapes import read_whole, view_of
-from jdetune.checkpoint.ties import is_tied
+from jdetune.checkpoint.ties import is_tied, tied_copies
 from jdetune.checkpoint.writer import save_json, save_safetensors, save_text
 
 CONFIG_NAME = "adapter_config.json"
@@ -104,6 +104,9 @@ def write_adapter(
     for name, pairs in placed.stacks.items():
         tensors.update(stack_tensors(infos[name], pairs, placed.depths[name], config))
     tensors.update({layout.PREFIX + n: read_whole(checkpoint, n) for n in placed.saved})
+    for name, source in tied_copies(placed.saved, checkpoint).items():
+        tensors[layout.PREFIX + name] = tensors[layout.PREFIX + source]
+        placed = dataclasses.replace(placed, whole={*placed.whole, layout.module_of(name)})
     save_safetensors(path / WEIGHTS_NAME, tensors)
     save_json(path / CONFIG_NAME, _config(placed, checkpoint, base), sort_keys=True)
     card = _card(path.name, placed.ranks, base, config, _notes(placed, checkpoint))
@@ -134,9 +137,6 @@ def _config(placed: Placement, checkpoint: Checkpoint, base: str) -> dict[str, A
     targets = layout.target_modules(paths, modules)
     if not (targets or placed.stacks):
         targets = sorted(placed.whole)
-    tied = is_tied(checkpoint.config) and any(
-        layout.leaf_of(module) in layout.TOKEN_EMBEDDINGS for module in placed.whole
-    )
     return {
         "peft_type": "LORA",
         "task_type": layout.task_type(checkpoint.config),
@@ -154,8 +154,6 @@ def _config(placed: Placement, checkpoint: Checkpoint, base: str) -> dict[str, A
         "use_rslora": False,
         "use_dora": False,
         "inference_mode": True,
-        # an embedding that is kept whole is the head's too
-        **({"ensure_weight_tying": True} if tied else {}),
     }
 
 

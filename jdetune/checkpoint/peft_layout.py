@@ -29,6 +29,11 @@ _TASKS = {
 }
 
 
+#: Heads over the vocabulary by the ending of the architecture's name, and by model type.
+_LM_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_MASKED_HEADS = {"bert": "cls.predictions.decoder", "electra": "generator_lm_head"}
+
+
 class Kind(enum.Enum):
     """How a module stores its weight."""
 
@@ -79,6 +84,23 @@ def kind_of(module: str, config: Mapping[str, Any]) -> Kind:
         return Kind.CONV1D
     named = "embed" in leaf and "proj" not in leaf and leaf not in _NOT_EMBEDDINGS
     return Kind.EMBEDDING if named or leaf in _EMBEDDING_LEAVES else Kind.LINEAR
+
+
+def head_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Modules that turn hidden states into tokens, as the architecture's name tells.
+
+    Example:
+      >>> head_modules({"architectures": ["LlamaForCausalLM"]}), head_modules({})
+      (('lm_head',), ())
+    """
+    names = [str(name) for name in config.get("architectures") or ()]
+    kind = str(config.get("model_type"))
+    found = [
+        "embed_out" if kind == "gpt_neox" else "lm_head" for n in names if n.endswith(_LM_HEADS)
+    ]
+    if any(name.endswith("ForMaskedLM") for name in names):
+        found.append(_MASKED_HEADS.get(kind, "lm_head.decoder"))
+    return tuple(dict.fromkeys(found))
 
 
 def task_type(config: Mapping[str, Any]) -> str | None:

@@ -54,6 +54,29 @@ def _is_input(module: str) -> bool:
     return layout.leaf_of(module) in layout.TOKEN_EMBEDDINGS
 
 
+def tied_copies(saved: Sequence[str], checkpoint: Checkpoint) -> dict[str, str]:
+    """Tensors that a tied model does not store, which have to be kept whole with its embedding.
+
+    Args:
+      saved: tensors that are kept whole.
+      checkpoint: the model.
+
+    Returns:
+      Name of every tensor that transformers ties to a saved embedding, with the embedding's. Names
+      come from the architecture; what a model does not have, PEFT passes over.
+    """
+    copies: dict[str, str] = {}
+    for name in saved if is_tied(checkpoint.config) else ():
+        root, _, leaf = layout.module_of(name).rpartition(".")
+        if leaf not in layout.TOKEN_EMBEDDINGS:
+            continue
+        heads = layout.head_modules(checkpoint.config)
+        inner = [f"{root}.{copy}".lstrip(".") for copy in _COPIES] if leaf == _SHARED else []
+        names = [f"{module}.weight" for module in (*heads, *inner)]
+        copies |= {head: name for head in names if head not in checkpoint.tensors}
+    return copies
+
+
 def with_ties(checkpoint: Checkpoint, pairs: Mapping[str, str]) -> Checkpoint:
     """The model with the heads that it lacks because they are tied: they read the embedding."""
     if not is_tied(checkpoint.config):

@@ -35,7 +35,7 @@ def family(folder, heads=(False, False, False), extra=(0, 0, 0), untied=(), **co
             tensors[HEAD] = merge_peft(base[EMBED], *pico.pair(rng, (ROWS, WIDTH), 1))
         elif head:
             tensors[HEAD] = tensors[EMBED]
-        own = {"vocab_size": ROWS + more, "model_type": "llama", **config}
+        own = {"vocab_size": ROWS + more, "architectures": ["LlamaForCausalLM"], **config}
         paths.append(pico.write(folder / f"tune-{index}", tensors, **own))
     return {**base, HEAD: base[EMBED]}, paths
 
@@ -128,8 +128,8 @@ def test_common_rows_of_resized_vocabularies(tmp_path, extra):
         if more:
             whole = stored["base_model.model." + EMBED]
             np.testing.assert_array_equal(whole, tensors_of(paths[index])[EMBED])
-            assert config["modules_to_save"] == ["model.embed_tokens"]
-            assert config["ensure_weight_tying"]
+            assert config["modules_to_save"] == ["lm_head", "model.embed_tokens"]
+            np.testing.assert_array_equal(stored["base_model.model." + HEAD], whole)
             assert f"resize_token_embeddings({ROWS + more})" in card
         else:
             assert "base_model.model.model.embed_tokens.lora_embedding_A" in stored

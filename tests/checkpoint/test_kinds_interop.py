@@ -46,13 +46,13 @@ def vit():
         image_size=32,
         patch_size=8,
     )
-    return transformers.ViTModel(config, add_pooling_layer=False)
+    return transformers.ViTForImageClassification(config)
 
 
 def test_patches_of_a_vit(tmp_path):
     transformers = pytest.importorskip("transformers")
     paths = zoo.merge_family(tmp_path, vit, target_modules=["projection"])
-    auto = transformers.AutoModel
+    auto = transformers.AutoModelForImageClassification
     report = zoo.round_trip(paths, tmp_path / "out", auto, zoo.knows(tmp_path / "true"))
     assert report["summary"]["exit_code"] == 0
     assert report["summary"]["recovered"] == 1
@@ -213,12 +213,10 @@ def with_head(true):
     known = zoo.knows(true)
 
     def recover(stacks, **options):
-        embedding = "model.embed_tokens.weight"
-        heads = {embedding: stacks[n] for n in stacks if n == "lm_head.weight"}
-        rest = {n: s for n, s in stacks.items() if n != "lm_head.weight"}
-        found = dict(known(rest, **options)) if rest else {}
-        if heads:
-            found["lm_head.weight"] = known(heads)[embedding]
+        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        found = dict(known({n: s for n, s in stacks.items() if n != head}, **options))
+        if head in stacks:
+            found[head] = known({embedding: stacks[head]})[embedding]
         return found
 
     return recover
