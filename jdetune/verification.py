@@ -1,5 +1,6 @@
 """Checks what a recovery wrote: against a reference base, and by merging the adapters again."""
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,9 @@ def remerge(
             continue
         if again.shape != target.shape:
             off.append(name)
-        elif info.dtype not in FLOATS or not _updates_of(base.tensors[own], adapter):
+        elif info.dtype not in FLOATS or not _updates_of(
+            dataclasses.replace(info, name=own), adapter
+        ):
             if not _same(again, target) and not _is_near(again, target, info):
                 off.append(name)
         else:

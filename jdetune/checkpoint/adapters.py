@@ -129,7 +129,7 @@ def _zero_update(factors: Factors, checkpoint: Checkpoint) -> dict[str, Pair]:
 
 def _config(placed: Placement, checkpoint: Checkpoint, base: str) -> dict[str, Any]:
     modules, ranks = layout.all_modules(checkpoint), placed.ranks
-    top = max(ranks.values(), default=1)
+    top = placed.main_rank
     pattern = {layout.pattern_key(m, modules): r for m, r in ranks.items() if r != top}
     paths = [layout.module_of(name) for name in placed.modules]
     kinds = {layout.kind_of(module, checkpoint.config) for module in paths}

@@ -5,6 +5,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 from jdetune.checkpoint import peft_layout as layout
+from jdetune.checkpoint.experts import complete_experts, expert_rank
 from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.peft_tensors import Pair, nesting
 from jdetune.checkpoint.shapes import View, locate, view_of
@@ -35,6 +36,11 @@ class Placement:
     whole: Collection[str]
     saved: tuple[str, ...]
     left_out: Mapping[str, str]
+
+    @property
+    def main_rank(self) -> int:
+        """The config's ``r``: the experts' rank, where they are stored one by one."""
+        return expert_rank(self.modules) or max(self.ranks.values(), default=1)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -85,8 +91,9 @@ def place(
             left_out |= dict.fromkeys(names, _ORDER if parent and fits else BARE)
         else:
             depths |= found
+    kept_factors = {n: pair for n, pair in modules.items() if n not in saved}
     return Placement(
-        modules={n: pair for n, pair in modules.items() if n not in saved},
+        modules=complete_experts(kept_factors, tensors, saved),
         stacks={n: stacks[n] for n in depths},
         depths=depths,
         whole=kept,
