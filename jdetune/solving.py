@@ -21,13 +21,13 @@ from jdetune.checkpoint.manifest import (
     TensorPlan,
     make_plan,
     select,
-    slice_plans,
 )
-from jdetune.checkpoint.reader import numpy_dtype, raw_bytes
+from jdetune.checkpoint.reader import raw_bytes
 from jdetune.checkpoint.shapes import read_stack
 from jdetune.checkpoint.stacks import factors_of
 from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError
+from jdetune.gathering import results_of
 from jdetune.repair import NO_UPDATE
 from jdetune.report import TensorResult
 from jdetune.result import Recovery
@@ -162,52 +162,7 @@ def solve(
         solved.update(results)
         notes += own
     solved |= {n: dataclasses.replace(known[n], plan=planned[n]) for n in planned if n in known}
-    whole = {tensor.name: _of_tensor(tensor, solved) for tensor in plan.tensors}
-    return [_of_tied(whole[tensor.name], whole) for tensor in plan.tensors], notes
-
-
-def _of_tied(result: TensorResult, results: Mapping[str, TensorResult]) -> TensorResult:
-    """A tied tensor's result is that of the tensor that it is tied to."""
-    if result.plan.tied_to is None:
-        return result
-    other = results[result.plan.tied_to]
-    return dataclasses.replace(other, plan=result.plan, reason=result.plan.reason, seconds=None)
-
-
-def _of_tensor(tensor: TensorPlan, solved: Mapping[str, TensorResult]) -> TensorResult:
-    """A tensor's result from those of its matrices."""
-    if tensor.action != "recover":
-        return _copied(tensor)
-    names = list(slice_plans(tensor))
-    return solved[names[0]] if names == [tensor.name] else stack_result(tensor, solved, names)
-
-
-def stack_result(
-    tensor: TensorPlan, solved: Mapping[str, TensorResult], names: Sequence[str]
-) -> TensorResult:
-    """A stack's result: it has a base where every slice has one."""
-    parts = tuple(solved[name] for name in names)
-    bad = [part for part in parts if part.status != "recovered"]
-    said = [f"{part.plan.name}: {part.reason}" for part in (bad or parts) if part.reason]
-    more = f" (and {len(said) - 1} more of its {len(parts)} slices)" if len(said) > 1 else ""
-    text = "; ".join(filter(None, [tensor.reason, said[0] + more if said else None]))
-    dtypes = [numpy_dtype(part.base_dtype) for part in parts if part.base_dtype]
-    matches = [part.remerge_match for part in parts if part.remerge_match is not None]
-    return TensorResult(
-        plan=tensor,
-        status="failed" if bad else "recovered",
-        method=parts[0].method,
-        remerge_match=None if bad else tuple(np.mean(matches, axis=0).tolist()),
-        seconds=sum(part.seconds or 0.0 for part in parts),
-        reason=text or None,
-        base_dtype=None if bad else str(functools.reduce(wider, dtypes)),
-        parts=parts,
-    )
-
-
-def wider(first: np.dtype, second: np.dtype) -> np.dtype:
-    """The narrowest dtype that holds both: float32 for float16 and bfloat16."""
-    return first if first == second else np.dtype(np.float32)
+    return results_of(plan, solved), notes
 
 
 def _read_ahead(
@@ -365,9 +320,3 @@ def _remerge_match(found: Recovery, stack: np.ndarray) -> tuple[float, ...]:
 def raw_bits(array: np.ndarray) -> np.ndarray:
     """The elements as integers of their own width."""
     return raw_bytes(array).view(f"u{array.dtype.itemsize}")
-
-
-def _copied(plan: TensorPlan) -> TensorResult:
-    status = plan.action
-    dtype = plan.dtype if plan.source is not None else None
-    return TensorResult(plan=plan, status=status, base_dtype=dtype)

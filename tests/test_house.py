@@ -44,6 +44,7 @@ LAYERS = [
         "products",
         "report",
         "slices",
+        "gathering",
         "inspection",
         "verification",
         "extraction",

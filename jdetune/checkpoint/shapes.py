@@ -10,6 +10,8 @@ import numpy as np
 from jdetune.checkpoint.index import FLOATS, Checkpoint, TensorInfo
 from jdetune.checkpoint.reader import read_slice, read_tensor
 
+#: Smallest side that low-rank updates of three models fit into.
+MIN_SIDE = 3
 #: Longest side of a one-dimensional kernel; a last axis beyond it is a matrix's column.
 MAX_KERNEL = 15
 _STACKED = re.compile(r"experts|(^|[._])moe([._]|$)")
@@ -40,6 +42,9 @@ class View:
 def view_of(info: TensorInfo) -> View | None:
     """The matrices of a tensor; None where it is no float tensor of two axes or more.
 
+    Also None where a side is too small for updates of low rank in three models: what differs there
+    is kept like a vector.
+
     Three axes can be a convolution [out, in, kernel] or a stack [expert, row, col]. The name
     decides where it says so; else a short odd last axis is a kernel.
 
@@ -52,6 +57,12 @@ def view_of(info: TensorInfo) -> View | None:
     shape = info.shape
     if info.dtype not in FLOATS or len(shape) < 2 or 0 in shape:
         return None
+    view = _any_view(info)
+    return view if min(view.row, view.col) >= MIN_SIDE else None
+
+
+def _any_view(info: TensorInfo) -> View:
+    shape = info.shape
     if len(shape) == 2:
         return View("matrix", *shape)
     stacked, why = _is_stack(info.name, shape)
