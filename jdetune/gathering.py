@@ -8,6 +8,7 @@ import numpy as np
 
 from jdetune.checkpoint.manifest import Plan, TensorPlan, slice_plans
 from jdetune.checkpoint.reader import numpy_dtype
+from jdetune.checkpoint.shapes import smaller_side
 from jdetune.report import TensorResult, matrices
 from jdetune.status import Status
 
@@ -38,14 +39,14 @@ def judge_heads(results: Sequence[TensorResult]) -> list[TensorResult]:
     """
     good = [r for r in matrices(results) if r.status == "recovered" and r.recovery is not None]
     top = max((int(np.max(r.recovery.ranks)) for r in good if r.recovery is not None), default=0)
-    codes = (Status.NOT_LOW_RANK, Status.RANK_TOO_LARGE, Status.SHARED_DIRECTIONS)
+    codes = (Status.NOT_LOW_RANK, Status.RANK_TOO_LARGE)
     return [
         dataclasses.replace(r, status="per_model", reason=_SMALL, base_dtype=None)
         if r.status == "failed"
         and r.code in codes
         and not r.parts
         # three ranks must fit
-        and min(r.plan.shape) < 3 * top
+        and smaller_side(r.plan.info) < 3 * top
         else r
         for r in results
     ]

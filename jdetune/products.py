@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jdetune.checkpoint.adapters import write_adapter
-from jdetune.checkpoint.index import Checkpoint, TensorInfo
+from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.manifest import Plan
 from jdetune.checkpoint.placement import BARE
 from jdetune.checkpoint.reader import numpy_dtype, raw_bytes, read_tensor
@@ -141,8 +141,7 @@ def _factors(results: Sequence[TensorResult], model: int) -> dict[str, Any]:
     """A model's factors by matrix name; a tied head's under its own name."""
     found = {}
     for result in results:
-        names = units(TensorInfo(result.plan.name, "", result.plan.dtype, result.plan.shape))
-        for name, part in zip(names, matrices([result]), strict=True):
+        for name, part in zip(units(result.plan.info), matrices([result]), strict=True):
             if part.recovery is not None:
                 found[name] = part.recovery
     return factors_of(found, model)

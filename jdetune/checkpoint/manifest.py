@@ -44,6 +44,11 @@ class TensorPlan:
     source: int | None = None
     tied_to: str | None = None
 
+    @property
+    def info(self) -> TensorInfo:
+        """Its header, without a file."""
+        return TensorInfo(self.name, "", self.dtype, self.shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -93,8 +98,7 @@ class Plan:
 
 def slice_plans(tensor: TensorPlan) -> dict[str, TensorPlan]:
     """Plans of a tensor's matrices, by name; of a stack, each slice has its own."""
-    info = TensorInfo(tensor.name, "", tensor.dtype, tensor.shape)
-    view, names = view_of(info), units(info)
+    view, names = view_of(tensor.info), units(tensor.info)
     if view is None or view.slices is None:
         return {tensor.name: tensor}
     shape = (view.row, view.col)

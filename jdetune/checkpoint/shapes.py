@@ -88,6 +88,12 @@ def _is_stack(name: str, shape: tuple[int, ...]) -> tuple[bool, str]:
     return True, f"its last axis of {kernel} is no kernel's"
 
 
+def smaller_side(info: TensorInfo) -> int:
+    """The smaller side of a tensor's matrices, which no rank exceeds; 0 where it has none."""
+    view = view_of(info)
+    return 0 if view is None else min(view.row, view.col)
+
+
 def units(info: TensorInfo) -> tuple[str, ...]:
     """Names of a tensor's matrices: its own, or one a slice.
 
