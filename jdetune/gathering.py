@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jdetune.checkpoint.manifest import Plan, TensorPlan, slice_plans
+from jdetune.checkpoint.plan import Plan, TensorPlan, slice_plans
 from jdetune.checkpoint.reader import numpy_dtype
 from jdetune.checkpoint.shapes import smaller_side
 from jdetune.report import TensorResult, matrices

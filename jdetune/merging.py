@@ -87,7 +87,7 @@ def run(
     started, begin, out = datetime.datetime.now(datetime.UTC), time.monotonic(), Path(out)
     known = open_checkpoint(base)
     outfolder.check_out(out, [known.path, Path(adapter)], overwrite)
-    changes = plan_changes(known, read_adapter(adapter), rounding)
+    changes = plan_changes(known, read_adapter(adapter, known), rounding)
     entries: dict[str, dict[str, Any]] = {}
     stage = outfolder.start_stage(out, overwrite=overwrite)
 

@@ -78,7 +78,7 @@ def verify(
             result["failures"].append("no recovered matrix was compared with the reference")
     result["models"] = []
     for done, (name, path) in enumerate(merged.items()):
-        adapter = read_adapter(out / "adapters" / name, base.config)
+        adapter = read_adapter(out / "adapters" / name, base)
         _, model = align_names([base, open_checkpoint(path)])[0]
         entry = {"name": name, **remerge(base, adapter, model, passed_over)}
         result["models"].append(entry)

@@ -9,7 +9,8 @@ from tests import pico
 
 CONV, STACK = "stem.conv.weight", "mlp.experts.gate_up_proj"
 EMBED, HEAD, QUERY = "model.embed_tokens.weight", "lm_head.weight", "model.query.weight"
-SHAPES = {CONV: (16, 4, 3, 3), STACK: (3, 24, 24), EMBED: (24, 24), QUERY: (24, 24)}
+#: All of one matrix shape, that of other tests, so that little is compiled.
+SHAPES = {CONV: (48, 8, 2, 2), STACK: (3, 48, 32), EMBED: (48, 32), QUERY: (48, 32)}
 
 
 def family(folder, **config):
@@ -17,7 +18,7 @@ def family(folder, **config):
     base = {n: (0.05 * rng.standard_normal(s)).astype(np.float32) for n, s in SHAPES.items()}
     tuned = {}
     for name, value in base.items():
-        parts = value.reshape(3, 24, 24) if name == STACK else value.reshape(1, len(value), -1)
+        parts = value if name == STACK else value.reshape(1, len(value), -1)
         pairs = [pico.pair(rng, part.shape, 2) for part in parts]
         merged = [merge_peft(part, *pair) for part, pair in zip(parts, pairs, strict=True)]
         if name == STACK:
@@ -41,9 +42,9 @@ def test_convolutions_and_stacks(tmp_path):
     assert {name: e["rank"] for name, e in entries.items()} == dict.fromkeys(SHAPES, 2)
     updates = read_adapter(folder).updates
     conv = updates[CONV]
-    again = merge_peft(base[CONV].reshape(16, 36), conv.left, conv.right)
-    np.testing.assert_allclose(again, tuned[CONV].reshape(16, 36), atol=1e-7)
-    assert 0.5 < entries[STACK]["remerge_match"] < 1  # 24 x 24 leaves little to average over
+    again = merge_peft(base[CONV].reshape(48, 32), conv.left, conv.right)
+    np.testing.assert_allclose(again, tuned[CONV].reshape(48, 32), atol=1e-7)
+    assert 0.5 < entries[STACK]["remerge_match"] < 1  # the rest are an ulp off
     for index in range(3):
         update = updates[f"{STACK}[{index}]"]
         again = merge_peft(base[STACK][index], update.left, update.right)
@@ -54,7 +55,7 @@ def test_convolutions_and_stacks(tmp_path):
 def test_a_slice_of_another_base_is_named(tmp_path):
     _, tuned = family(tmp_path)
     tuned[STACK] = tuned[STACK].copy()
-    tuned[STACK][2] = np.random.default_rng(5).standard_normal((24, 24))
+    tuned[STACK][2] = np.random.default_rng(5).standard_normal((48, 32))
     report, entries, folder = run(tmp_path, tuned)
     assert report["summary"]["exit_code"] == 5
     assert entries[STACK]["status"] == "not_low_rank"
@@ -97,10 +98,10 @@ def test_a_head_that_was_untied_is_kept(tmp_path):
 
 def test_a_resized_vocabulary_is_kept_whole(tmp_path):
     _, tuned = family(tmp_path)
-    tuned[EMBED] = np.concatenate([tuned[EMBED], np.ones((2, 24), np.float32)])
+    tuned[EMBED] = np.concatenate([tuned[EMBED], np.ones((2, 32), np.float32)])
     report, entries, folder = run(tmp_path, tuned)
     assert report["summary"]["exit_code"] == 0
-    assert "resize_token_embeddings(26)" in entries[EMBED]["reason"]
+    assert "resize_token_embeddings(50)" in entries[EMBED]["reason"]
     stored = open_checkpoint(folder / "adapter_model.safetensors")
     whole = read_tensor(stored, f"base_model.model.{EMBED}")
     np.testing.assert_array_equal(whole, tuned[EMBED])

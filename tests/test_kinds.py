@@ -6,9 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jdetune import pipeline
+from jdetune import merging, pipeline
 from jdetune.checkpoint import merge_peft, open_checkpoint, read_adapter, read_tensor
 from jdetune.checkpoint.shapes import matrices, units, view_of
+from jdetune.errors import InputError
 from jdetune.status import Status
 from jdetune.verification import verify
 from tests import pico, zoo
@@ -160,3 +161,45 @@ def test_a_small_head_that_fails_is_each_models_own(tmp_path):
     assert name not in open_checkpoint(out / "base").tensors
     assert report["summary"]["exit_code"] == 5
     assert not verify(out, models=paths)["failures"]
+
+
+@pytest.mark.slow
+def test_the_real_solver_on_convolutions_and_stacks(tmp_path):
+    shapes = {CONV: (48, 8, 2, 2), STACK: (2, 48, 32)}
+    rng = np.random.default_rng(0)
+    base = {n: (0.05 * rng.standard_normal(s)).astype(np.float32) for n, s in shapes.items()}
+    paths = []
+    for index in range(4):
+        tensors = {}
+        for name, value in base.items():
+            parts = matrices(value, view_of(zoo.info(name, *value.shape)))
+            merged = [merge_peft(part, *pico.pair(rng, part.shape, 2)) for part in parts]
+            tensors[name] = np.stack(merged).reshape(value.shape)
+        paths.append(pico.write(tmp_path / f"tune-{index}", tensors))
+    report = pipeline.run(paths, tmp_path / "out")
+    assert report["summary"]["exit_code"] == 0
+    assert zoo.entry(report, STACK)["ranks"] == zoo.entry(report, CONV)["ranks"] == [2, 2, 2, 2]
+    written = open_checkpoint(tmp_path / "out" / "base")
+    for name, value in base.items():
+        error = read_tensor(written, name).astype(np.float64) - value
+        predicted = zoo.entry(report, name)["predicted_error"]
+        assert abs(np.log10(np.mean(error**2)) - predicted) < 1  # small matrices scatter
+    assert not verify(tmp_path / "out", models=paths)["failures"]
+
+
+def test_merge_gives_a_convolution_back_in_its_shape(tmp_path):
+    base, paths = family(tmp_path)
+    _, out = run(tmp_path, base, paths, exclude="experts")
+    report = merging.run(out / "base", out / "adapters/tune-1", tmp_path / "merged")
+    entry = zoo.entry(report, CONV)
+    assert (entry["status"], entry["shape"]) == ("merged", list(SHAPES[CONV]))
+    merged = read_tensor(open_checkpoint(tmp_path / "merged/merged"), CONV)
+    wanted = read_tensor(open_checkpoint(paths[1]), CONV)
+    np.testing.assert_allclose(merged, wanted, rtol=0, atol=1e-7)
+
+
+def test_merge_refuses_stacks_with_the_remedy(tmp_path):
+    base, paths = family(tmp_path)
+    _, out = run(tmp_path, base, paths)
+    with pytest.raises(InputError, match="target_parameters"):
+        merging.run(out / "base", out / "adapters/tune-1", tmp_path / "merged")

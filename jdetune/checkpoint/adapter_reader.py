@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from jdetune.checkpoint import peft_layout as layout
 from jdetune.checkpoint.adapters import CONFIG_NAME, WEIGHTS_NAME
-from jdetune.checkpoint.index import open_checkpoint, read_json
+from jdetune.checkpoint.index import Checkpoint, open_checkpoint, read_json
 from jdetune.checkpoint.peft_tensors import nesting, unstack
 from jdetune.checkpoint.reader import read_tensor
 from jdetune.checkpoint.shapes import unit_name
@@ -73,18 +73,20 @@ def load_adapter(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
-def read_adapter(path: str | Path, model_config: Mapping[str, Any] | None = None) -> Adapter:
+def read_adapter(path: str | Path, base: Checkpoint | None = None) -> Adapter:
     """Reads a PEFT LoRA adapter, honouring r, lora_alpha, both patterns and use_rslora.
 
     Args:
       path: PEFT adapter folder.
-      model_config: the model's config.json; says how stacked experts are oriented.
+      base: the model that it belongs to; says how stacked experts are oriented, and under which
+        names tensors are stored that transformers renames when it loads them.
 
     Raises:
       InputError: not a LoRA adapter, or one whose update is not a product (DoRA), or damaged.
     """
     path = Path(path)
-    config = _read_config(path)
+    config, model_config = _read_config(path), {} if base is None else base.config
+    stored = {layout.loaded_name(n, model_config): n for n in (base.tensors if base else ())}
     checkpoint = open_checkpoint(path / WEIGHTS_NAME)
     parts: dict[str, dict[str, np.ndarray]] = {}
     saved: dict[str, np.ndarray] = {}
@@ -93,7 +95,7 @@ def read_adapter(path: str | Path, model_config: Mapping[str, Any] | None = None
         name = key.removeprefix(layout.PREFIX)
         suffix = next((s for s in _SUFFIXES if name.endswith(s)), None)
         if suffix is None:
-            saved[name] = array
+            saved[stored.get(name, name)] = array
         else:
             module = name.removesuffix(suffix)
             parts.setdefault(module, {})[_SUFFIXES[suffix]] = array.astype(np.float32)
@@ -101,10 +103,11 @@ def read_adapter(path: str | Path, model_config: Mapping[str, Any] | None = None
     updates: dict[str, LoraUpdate] = {}
     for module, found in parts.items():
         if module in stacked:
-            pairs = _stack_updates(stacked[module], found, config, path, model_config or {})
+            pairs = _stack_updates(stacked[module], found, config, path, model_config)
             updates.update(pairs)
         else:
-            updates[f"{module}.weight"] = _update(module, found, config, path)
+            name = f"{module}.weight"
+            updates[stored.get(name, name)] = _update(module, found, config, path)
     return Adapter(updates, saved, config)
 
 

@@ -1,6 +1,7 @@
 """Writes PEFT adapter folders from factors: config, weights and a card."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ def write_adapter(
     for name, source in tied_copies(placed.saved, checkpoint).items():
         tensors[layout.PREFIX + name] = tensors[layout.PREFIX + source]
         placed = dataclasses.replace(placed, whole={*placed.whole, layout.module_of(name)})
+    tensors = {layout.loaded_name(key, config): array for key, array in tensors.items()}
     save_safetensors(path / WEIGHTS_NAME, tensors)
     save_json(path / CONFIG_NAME, _config(placed, checkpoint, base), sort_keys=True)
     card = _card(path.name, placed.ranks, base, config, _notes(placed, checkpoint))
@@ -128,15 +130,18 @@ def _zero_update(factors: Factors, checkpoint: Checkpoint) -> dict[str, Pair]:
 
 
 def _config(placed: Placement, checkpoint: Checkpoint, base: str) -> dict[str, Any]:
-    modules, ranks = layout.all_modules(checkpoint), placed.ranks
+    loaded = functools.partial(layout.loaded_name, config=checkpoint.config)
+    modules = set(map(loaded, layout.all_modules(checkpoint)))
+    ranks = {loaded(name): rank for name, rank in placed.ranks.items()}
     top = placed.main_rank
     pattern = {layout.pattern_key(m, modules): r for m, r in ranks.items() if r != top}
-    paths = [layout.module_of(name) for name in placed.modules]
+    paths = [loaded(layout.module_of(name)) for name in placed.modules]
+    whole = sorted(map(loaded, placed.whole))
     kinds = {layout.kind_of(module, checkpoint.config) for module in paths}
     # PEFT wants at least one target; a module that is kept whole is never made a LoRA layer
     targets = layout.target_modules(paths, modules)
     if not (targets or placed.stacks):
-        targets = sorted(placed.whole)
+        targets = whole
     return {
         "peft_type": "LORA",
         "task_type": layout.task_type(checkpoint.config),
@@ -146,8 +151,8 @@ def _config(placed: Placement, checkpoint: Checkpoint, base: str) -> dict[str, A
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "target_modules": targets,
-        "target_parameters": sorted(placed.stacks) or None,
-        "modules_to_save": sorted(placed.whole) or None,
+        "target_parameters": sorted(map(loaded, placed.stacks)) or None,
+        "modules_to_save": whole or None,
         "bias": "none",
         "lora_dropout": 0.0,
         "fan_in_fan_out": layout.Kind.CONV1D in kinds,

@@ -29,6 +29,19 @@ _TASKS = {
 }
 
 
+_ATTENTION = tuple(
+    (f"attention.attention.{old}", f"attention.{new}_proj")
+    for old, new in (("query", "q"), ("key", "k"), ("value", "v"))
+) + (("attention.output.dense", "attention.o_proj"),)
+#: What transformers 5 calls modules that are stored under the names of transformers 4.
+_RENAMED = {
+    "dinov2": _ATTENTION,
+    "dinov2_with_registers": _ATTENTION,
+    "vit": (
+        *(("encoder.layer.", "layers."), *_ATTENTION),
+        *(("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2")),
+    ),
+}
 #: Heads over the vocabulary by the ending of the architecture's name, and by model type.
 _LM_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _MASKED_HEADS = {"bert": "cls.predictions.decoder", "electra": "generator_lm_head"}
@@ -40,6 +53,28 @@ class Kind(enum.Enum):
     LINEAR = "linear"
     CONV1D = "conv1d"
     EMBEDDING = "embedding"
+
+
+def loaded_name(name: str, config: Mapping[str, Any]) -> str:
+    """Name by which transformers holds a module or tensor in memory, and PEFT looks for it.
+
+    Transformers 5 renames modules of some models as it loads them. The version that a model was
+    saved with tells which names its adapters are to have.
+
+    Args:
+      name: as in the checkpoint.
+      config: contents of config.json.
+
+    Example:
+      >>> saved = {"model_type": "vit", "transformers_version": "5.2.0"}
+      >>> loaded_name("vit.encoder.layer.0.attention.attention.query", saved)
+      'vit.layers.0.attention.q_proj'
+    """
+    major = str(config.get("transformers_version") or "").partition(".")[0]
+    if major.isdigit() and int(major) >= 5:
+        for old, new in _RENAMED.get(str(config.get("model_type")), ()):
+            name = name.replace(old, new)
+    return name
 
 
 def module_of(tensor: str) -> str:

@@ -83,7 +83,7 @@ def unstack(
     right = down.reshape(count, -1, down.shape[1])
     left = up.reshape(len(up), -1, count).transpose(2, 0, 1)
     pairs = zip(left, right, strict=True)
-    return [(b.T, a.T)[::-1] if transposed else (b, a) for b, a in pairs]
+    return [(a.T, b.T) if transposed else (b, a) for b, a in pairs]
 
 
 def nesting(names: Sequence[str]) -> dict[str, int] | None:

@@ -64,11 +64,13 @@ def view_of(info: TensorInfo) -> View | None:
 def _any_view(info: TensorInfo) -> View:
     shape = info.shape
     if len(shape) == 2:
-        return View("matrix", *shape)
+        return View("matrix", shape[0], shape[1])
     stacked, why = _is_stack(info.name, shape)
     if stacked:
         lead = math.prod(shape[:-2])
-        return View("stack", *shape[-2:], lead, f"taken for {lead} stacked matrices: {why}")
+        return View(
+            "stack", shape[-2], shape[-1], lead, f"taken for {lead} stacked matrices: {why}"
+        )
     reason = f"taken for a convolution: {why}" if len(shape) == 3 else None
     return View("conv", shape[0], math.prod(shape[1:]), None, reason)
 
@@ -82,7 +84,7 @@ def _is_stack(name: str, shape: tuple[int, ...]) -> tuple[bool, str]:
         return False, "it has a kernel of two axes or more"
     if _CONV.search(words):
         return False, "its name says so"
-    kernel = shape[-1]
+    kernel = math.prod(shape[-1:])
     if kernel % 2 == 1 and kernel <= MAX_KERNEL:
         return False, f"its last axis of {kernel} is as short as a kernel"
     return True, f"its last axis of {kernel} is no kernel's"

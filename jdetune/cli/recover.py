@@ -209,7 +209,7 @@ def _solved_table(tensors: Sequence[dict[str, Any]]) -> str:
         ranks = [rank for member in members for rank in member["ranks"] or ()] if known else []
         rows.append(
             [
-                f"{shape[0]} x {shape[1]} {dtype}",
+                f"{' x '.join(map(str, shape))} {dtype}",
                 str(len(members)),
                 code,
                 common.span(ranks),

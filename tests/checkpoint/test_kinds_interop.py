@@ -51,11 +51,12 @@ def vit():
 
 def test_patches_of_a_vit(tmp_path):
     transformers = pytest.importorskip("transformers")
-    paths = zoo.merge_family(tmp_path, vit, target_modules=["projection"])
+    paths = zoo.merge_family(tmp_path, vit, target_modules=["projection", "q_proj", "fc2"])
     auto = transformers.AutoModelForImageClassification
     report = zoo.round_trip(paths, tmp_path / "out", auto, zoo.knows(tmp_path / "true"))
     assert report["summary"]["exit_code"] == 0
-    assert report["summary"]["recovered"] == 1
+    assert report["summary"]["recovered"] == 3
+    assert not verify(tmp_path / "out", models=paths)["failures"]
 
 
 def convnext():

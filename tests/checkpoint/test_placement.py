@@ -65,7 +65,7 @@ def test_stacks_go_to_parameters_and_come_back(tmp_path, model_type):
     stored = open_checkpoint(tmp_path / "x/adapter_model.safetensors")
     inner = stored.tensors["base_model.model.mlp.experts.base_layer.lora_A.weight"]
     assert inner.shape == (6, 6 if model_type == "gpt_oss" else 10)
-    updates = read_adapter(tmp_path / "x", model.config).updates
+    updates = read_adapter(tmp_path / "x", model).updates
     for name, shape in names.items():
         for index in range(3):
             update = updates[f"{name}[{index}]"]
@@ -139,3 +139,17 @@ def test_modules_of_a_sequence_are_named_in_full(tmp_path):
     given = {name: pico.pair(RNG, (6, 6), 1) for name in model.tensors}
     write_adapter(tmp_path / "x", given, model)
     assert config_of(tmp_path / "x")["target_modules"] == ["net.0", "net.2"]
+
+
+@pytest.mark.parametrize("version", ["4.40.0", "5.2.0", None])
+def test_modules_go_by_the_names_of_the_version_that_saved_them(tmp_path, version):
+    stored = "vit.encoder.layer.0.attention.attention.query"
+    config = {"model_type": "vit", "transformers_version": version}
+    model = model_of(tmp_path, {f"{stored}.weight": (6, 6), f"{stored}.bias": (6,)}, **config)
+    given = {f"{stored}.weight": pico.pair(RNG, (6, 6), 1)}
+    write_adapter(tmp_path / "x", given, model)
+    target = "q_proj" if version == "5.2.0" else "query"
+    assert config_of(tmp_path / "x")["target_modules"] == [target]
+    assert set(read_adapter(tmp_path / "x", model).updates) == set(given)
+    write_adapter(tmp_path / "y", given, model, (f"{stored}.bias",))
+    assert set(read_adapter(tmp_path / "y", model).saved) == set(model.tensors)
