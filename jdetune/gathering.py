@@ -99,4 +99,7 @@ def _of_tied(result: TensorResult, results: Mapping[str, TensorResult]) -> Tenso
     if result.plan.tied_to is None:
         return result
     other = results[result.plan.tied_to]
+    if other.status == "skipped":
+        plan = dataclasses.replace(result.plan, reason=other.plan.reason)
+        return dataclasses.replace(other, plan=plan)
     return dataclasses.replace(other, plan=result.plan, reason=result.plan.reason, seconds=None)

@@ -41,7 +41,7 @@ def align_names(
             said = ", ".join(_in_words(rule) for rule in rules) or "without PEFT's wrappers"
             notes.append(
                 f"{changed} tensors of {model.name} are compared under {template.name}'s names: "
-                f"{said}"
+                f"{said}. To write other names, give a model that has them first"
             )
         if unclear:
             notes.append(

@@ -74,8 +74,10 @@ def make_plan(
         if any(name in c.tensors for c in kept):
             tensor = _plan_tensor(kept, name, [marks[name][i] for i in keep], wanted)
             tensor = _tie(tensor, ties)
-            notes = filter(None, [tensor.reason, aligned.cut.get(name)])
-            plans.append(dataclasses.replace(tensor, reason="; ".join(notes) or None))
+            if tensor.action != "skipped" and name in aligned.cut:
+                reason = "; ".join(filter(None, [tensor.reason, aligned.cut[name]]))
+                tensor = dataclasses.replace(tensor, reason=reason)
+            plans.append(tensor)
     groups = group_tensors(kept, [p.name for p in plans if p.action == "recover"], group_bytes)
     alike = first_equal([tuple(marks[name][i] for name in differing) for i in keep])
     return Plan(

@@ -59,7 +59,7 @@ def save_base(recovery: Mapping[str, Recovery], template: str | Path, out: str |
 
     Args:
       recovery: what ``recover`` returned for a mapping of names.
-      template: one of the merged models; gives shard layout, config and tokenizer.
+      template: the first of the merged models; gives names, shard layout, config and tokenizer.
       out: folder to write.
 
     Every tensor that is not in ``recovery`` is the template's own copy, unverified: a vector or a
@@ -97,7 +97,7 @@ def save_adapters(
 
     Args:
       recovery: what ``recover`` returned for a mapping of names.
-      template: one of the merged models; gives module names and config.
+      template: the first of the merged models; gives module names and config.
       out: folder that gets one folder a model.
       names: the models' folder names; ``model-1``, ``model-2``, ... if left out.
 

@@ -189,3 +189,16 @@ def test_names_that_match_in_two_ways_are_said(tmp_path):
     pico.write(known.paths[0], both)
     with pytest.raises(Exception, match="no tensor in common"):
         run(tmp_path, known.base, known.paths)
+
+
+def test_what_is_excluded_is_no_failure(tmp_path):
+    base, paths = family(tmp_path, (True, False, False), extra=(0, 0, 0))
+    report, _ = run(tmp_path, base, paths, options=pipeline.Options(exclude="embed_tokens"))
+    assert report["summary"]["exit_code"] == 0
+    assert zoo.statuses(report) == {EMBED: "skipped", HEAD: "skipped", QUERY: "recovered"}
+
+
+def test_a_resized_embedding_can_be_excluded(tmp_path):
+    base, paths = family(tmp_path, extra=(0, 4, 0))
+    report, _ = run(tmp_path, base, paths, options=pipeline.Options(exclude="embed_tokens"))
+    assert report["summary"]["exit_code"] == 0
