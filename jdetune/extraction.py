@@ -3,18 +3,23 @@
 import dataclasses
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jdetune import outfolder, report
 from jdetune.checkpoint.adapter_reader import merge_peft
 from jdetune.checkpoint.adapters import AdapterFiles, write_adapter
+from jdetune.checkpoint.aliases import align_names
+from jdetune.checkpoint.compare import is_common
 from jdetune.checkpoint.index import FLOATS, Checkpoint, open_checkpoint
-from jdetune.checkpoint.manifest import is_common
+from jdetune.checkpoint.placement import BARE
 from jdetune.checkpoint.reader import raw_bytes, read_tensor
+from jdetune.checkpoint.shapes import matrices, unit_name, view_of
+from jdetune.checkpoint.ties import is_tied, tie_pairs
+from jdetune.checkpoint.vocabulary import cut_rows
 from jdetune.checkpoint.writer import save_json
 from jdetune.damage import find_damage
 from jdetune.errors import InputError, NotOneBaseError
@@ -22,6 +27,7 @@ from jdetune.outcomes import (
     Outcome,
     exit_code,
     input_entry,
+    join_slices,
     judge_heads,
     summary,
     tensor_entry,
@@ -36,6 +42,12 @@ from jdetune.status import Status
 _FULL = (
     "differs from the base by more than a low-rank update and rounding: another base, full "
     "fine-tuning, quantised or DoRA merges"
+)
+
+
+_RESIZED = (
+    "the base has another number of rows: it is kept whole. Call "
+    "base.resize_token_embeddings({rows}) before the adapter is loaded"
 )
 
 
@@ -86,6 +98,7 @@ def run(
     opened = [open_checkpoint(path) for path in models]
     names = outfolder.model_names(opened)
     checkpoints = [dataclasses.replace(c, name=n) for c, n in zip(opened, names, strict=True)]
+    (known, *checkpoints), notes = align_names([known, *checkpoints])
     outfolder.check_out(out, [c.path for c in (known, *checkpoints)], options.overwrite)
     for model in checkpoints:
         if not any(is_common([known, model], name) for name in known.tensors):
@@ -97,9 +110,9 @@ def run(
     total = sum(len(_names(known, model)) for model in checkpoints)
     found, written, done = [], [], 0
     for model in checkpoints:
-        outcomes = []
+        outcomes, both = [], _Pair.of(known, model)
         for name in _names(known, model):
-            outcomes.append(_extract(known, model, name, options.rank))
+            outcomes.append(_extract(both, name, options.rank))
             done += 1
             if progress is not None:
                 progress("extract", done, total)
@@ -120,6 +133,7 @@ def run(
             version=version(),
         ),
         "kind": "extract",
+        "notes": notes,
         "base_path": str(known.path.resolve()),
         "inputs": [input_entry(m, o, c, m.name in written) for m, o, c in found],
         "summary": summary([o for _, o, _ in found], [c for *_, c in found]),
@@ -139,8 +153,28 @@ def _names(base: Checkpoint, model: Checkpoint) -> list[str]:
     return list(dict.fromkeys([*base.tensors, *model.tensors]))
 
 
-def _extract(base: Checkpoint, model: Checkpoint, name: str, rank: int | float | None) -> Outcome:
+class _Pair(NamedTuple):
+    """A base and a model, the heads that may be tied and what has another number of rows."""
+
+    base: Checkpoint
+    model: Checkpoint
+    ties: Mapping[str, str]
+    resized: Collection[str]
+
+    @classmethod
+    def of(cls, base: Checkpoint, model: Checkpoint) -> "_Pair":
+        return cls(base, model, tie_pairs([base, model]), cut_rows([base, model])[1])
+
+
+def _extract(both: _Pair, name: str, rank: int | float | None) -> Outcome:
     """Compares one tensor with the base's."""
+    base, model = both.base, both.model
+    tied = _tied(both, name)
+    if tied is not None:
+        return Outcome(name, "identical", f"tied to {tied}, in the model and in the base")
+    if name in both.resized and name in model.tensors and name in base.tensors:
+        rows = model.tensors[name].shape[0]
+        return Outcome(name, "kept_whole", _RESIZED.format(rows=rows))
     if name not in model.tensors:
         return Outcome(name, "skipped", "missing in the model. Save it again with all its tensors.")
     if name not in base.tensors:
@@ -148,15 +182,35 @@ def _extract(base: Checkpoint, model: Checkpoint, name: str, rank: int | float |
     if not is_common([base, model], name):
         kinds = [f"{c.tensors[name].dtype} {list(c.tensors[name].shape)}" for c in (base, model)]
         reason = f"not the same kind: {kinds[0]} in the base, {kinds[1]} in the model"
-        return Outcome(name, "skipped", f"{reason}. A resized vocabulary cannot be extracted.")
+        return Outcome(name, "skipped", f"{reason}. Give the base that it was merged from.")
     before, after = read_tensor(base, name), read_tensor(model, name)
     both_floats = {str(before.dtype), str(after.dtype)} <= set(FLOATS)
     same = before.astype(after.dtype) if both_floats else before
     if np.array_equal(raw_bytes(same), raw_bytes(after)):
         return Outcome(name, "identical")
-    if not (base.tensors[name].is_matrix and model.tensors[name].is_matrix):
+    view = view_of(model.tensors[name])
+    if view is None:
         return Outcome(name, "kept_whole", "differs and is not a float matrix")
-    return _solve(name, before, after, rank)
+    pairs = zip(matrices(before, view), matrices(after, view), strict=True)
+    if view.slices is None:
+        return _solve(name, *next(pairs), rank)
+    parts = {
+        unit_name(name, index): _solve(unit_name(name, index), first, second, rank)
+        for index, (first, second) in enumerate(pairs)
+        if not np.array_equal(first.astype(second.dtype), second)
+    }
+    return join_slices(name, parts, view.reason) if parts else Outcome(name, "identical")
+
+
+def _tied(both: _Pair, name: str) -> str | None:
+    """The embedding that a head is one with, in a base that ties both and in the model."""
+    base, model, embedding = both.base, both.model, both.ties.get(name)
+    if embedding is None or not is_tied(base.config):
+        return None
+    if name not in model.tensors:
+        return embedding if is_tied(model.config) else None
+    head, other = read_tensor(model, name), read_tensor(model, embedding)
+    return embedding if np.array_equal(raw_bytes(head), raw_bytes(other)) else None
 
 
 def _solve(name: str, before: np.ndarray, after: np.ndarray, rank: int | float | None) -> Outcome:
@@ -191,6 +245,7 @@ def _write(
 ) -> list[Outcome]:
     """Writes one model's adapter; outcomes then say where every tensor went."""
     factors = {o.name: o.factors for o in outcomes if o.factors is not None}
+    factors |= {unit: pair for o in outcomes for unit, pair in o.slices.items()}
     whole = tuple(o.name for o in outcomes if o.status in ("kept_whole", "not_low_rank"))
     files = write_adapter(folder, factors, model, whole, str(base.path.resolve()))
     return [_placed(outcome, files) for outcome in outcomes]
@@ -198,7 +253,7 @@ def _write(
 
 def _placed(outcome: Outcome, files: AdapterFiles) -> Outcome:
     if outcome.name in files.left_out:
-        reason = "an adapter leaves it out: PEFT holds weights of modules only"
+        reason = f"an adapter leaves it out: {files.reasons.get(outcome.name, BARE)}"
         return dataclasses.replace(outcome, status="failed", reason=reason)
     if outcome.name not in files.saved:
         return outcome

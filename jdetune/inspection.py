@@ -1,15 +1,17 @@
 """Looks at checkpoints without recovering them: headers, and the ranks of a few matrices."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jdetune import explain
+from jdetune.checkpoint.alignment import align
+from jdetune.checkpoint.compare import is_common
 from jdetune.checkpoint.index import Checkpoint
-from jdetune.checkpoint.manifest import GROUP_BYTES, is_common, read_stack
+from jdetune.checkpoint.manifest import GROUP_BYTES
 from jdetune.checkpoint.reader import digest, numpy_dtype
+from jdetune.checkpoint.shapes import read_stack, units, view_of
 from jdetune.report import main_dtype, number
 from jdetune.result import Recovery
 from jdetune.status import Status
@@ -63,8 +65,10 @@ def sample_differing(
     by_shape: dict[tuple, list[str]] = {}
     for name in names:
         info = checkpoints[0].tensors[name]
-        if info.is_matrix:
-            by_shape.setdefault((info.shape, info.dtype), []).append(name)
+        view = view_of(info)
+        if view is not None:
+            key = (view.row, view.col, info.dtype)
+            by_shape.setdefault(key, []).extend(units(info))
     queues = [iter(queue) for queue in by_shape.values()]
     found: dict[str, np.ndarray] = {}
     seen: list[tuple[bytes, ...]] = [() for _ in checkpoints]
@@ -101,13 +105,15 @@ def memory_estimate(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> 
     sizes: dict[tuple, list[int]] = {}
     for name in names:
         info = checkpoints[0].tensors[name]
-        if info.is_matrix:
+        view = view_of(info)
+        if view is not None:
             width = numpy_dtype(info.dtype).itemsize
-            stored = math.prod(info.shape) * width * len(checkpoints)
-            sizes.setdefault((info.shape, info.dtype, 8 // width), []).append(stored)
+            stored = view.row * view.col * width * len(checkpoints)
+            key = (view.row, view.col, info.dtype, 8 // width)
+            sizes.setdefault(key, []).extend([stored] * (view.slices or 1))
     groups = [
         max(min(sum(group), GROUP_BYTES), max(group)) * factor * _WORKING_COPIES
-        for (_, _, factor), group in sizes.items()
+        for (*_, factor), group in sizes.items()
     ]
     bases = sum(sum(group) for group in sizes.values()) // max(1, len(checkpoints))
     return max(groups, default=0) + bases
@@ -128,6 +134,11 @@ def inspect(
     Returns:
       A dict for JSON with ``models``, ``sample``, ``exit_code`` and a ``verdict``.
     """
+    described = [describe(checkpoint) for checkpoint in checkpoints]
+    read_bytes = sum(stored_bytes(c) for c in checkpoints)
+    write_bytes = stored_bytes(checkpoints[0])
+    aligned = align(checkpoints)
+    checkpoints = aligned.checkpoints
     alike, unlike = common_names(checkpoints)
     sample = sample_differing(checkpoints, alike, count)
     n_distinct = distinct_models(sample, len(checkpoints)) if sample else 1
@@ -139,17 +150,18 @@ def inspect(
     code, verdict = _judge(entries, n_distinct, bool(alike))
     if code == Status.TOO_FEW_MODELS.exit_code and n_distinct < 3:
         entries = []  # what a solver says of two models means nothing
-    matrices = [name for name in alike if checkpoints[0].tensors[name].is_matrix]
+    views = [view_of(checkpoints[0].tensors[name]) for name in alike]
     return {
-        "models": [describe(checkpoint) for checkpoint in checkpoints],
+        "models": described,
+        "notes": list(aligned.notes),
         "alike": len(alike),
-        "matrices": len(matrices),
+        "matrices": sum(view.slices or 1 for view in views if view is not None),
         "unlike": unlike,
         "distinct_in_sample": n_distinct,
         "sample": entries,
         "memory_bytes": memory_estimate(checkpoints, alike),
-        "read_bytes": sum(stored_bytes(c) for c in checkpoints),
-        "write_bytes": stored_bytes(checkpoints[0]),
+        "read_bytes": read_bytes,
+        "write_bytes": write_bytes,
         "verdict": verdict,
         "exit_code": code,
     }

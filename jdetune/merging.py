@@ -18,6 +18,7 @@ from jdetune.checkpoint import peft_layout as layout
 from jdetune.checkpoint.adapter_reader import Adapter, LoraUpdate, merge_peft, read_adapter
 from jdetune.checkpoint.index import FLOATS, Checkpoint, open_checkpoint
 from jdetune.checkpoint.reader import read_tensor
+from jdetune.checkpoint.shapes import view_of
 from jdetune.checkpoint.writer import save_json, save_like
 from jdetune.errors import InputError
 from jdetune.noise import ROUNDINGS
@@ -86,7 +87,7 @@ def run(
     started, begin, out = datetime.datetime.now(datetime.UTC), time.monotonic(), Path(out)
     known = open_checkpoint(base)
     outfolder.check_out(out, [known.path, Path(adapter)], overwrite)
-    changes = plan_changes(known, read_adapter(adapter), rounding)
+    changes = plan_changes(known, read_adapter(adapter, known), rounding)
     entries: dict[str, dict[str, Any]] = {}
     stage = outfolder.start_stage(out, overwrite=overwrite)
 
@@ -200,11 +201,12 @@ def _merged(
     update = change.update
     if update is not None:
         factors = (update.left, update.right, update.scaling)
+        shape, array = array.shape, array.reshape(len(update.left), -1)
         mask, far = sensitive(array, update, change.rounding)
         entry |= {"status": "merged", "rank": update.left.shape[1], "scaling": update.scaling}
         entry |= {"rounding": change.rounding, "max_ulp": far}
         entry["sensitive_fraction"] = float(np.mean(mask))
-        array = merge_peft(array, *factors, rounding=change.rounding)
+        array = merge_peft(array, *factors, rounding=change.rounding).reshape(shape)
     if not np.isfinite(array.astype(np.float32)).all():
         raise InputError(
             f"{name}: NaN or infinity after the merge. Check base and adapter, or choose a base in "
@@ -230,6 +232,9 @@ def _oriented(name: str, update: LoraUpdate, base: Checkpoint, transposed: bool)
     """The update in the base's orientation: Conv1D modules store [in, out]."""
     info = base.tensors[name]
     shape = (len(update.left), update.right.shape[1])
+    view = view_of(info)
+    if view is not None and view.kind == "conv" and shape == (view.row, view.col):
+        return update
     module = layout.module_of(name)
     turned = LoraUpdate(update.right.T, update.left.T, update.scaling)
     if not info.is_matrix or info.shape not in (shape, shape[::-1]):

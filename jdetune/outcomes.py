@@ -1,13 +1,14 @@
 """What came of every tensor of an extraction, and the parts of its report that say so."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jdetune import report
 from jdetune.checkpoint.index import Checkpoint
+from jdetune.checkpoint.shapes import smaller_side
 from jdetune.status import Status
 
 STATUSES = ("extracted", "identical", "kept_whole", "not_low_rank", "failed", "skipped")
@@ -23,6 +24,7 @@ class Outcome:
       reason: cause and remedy, where it is neither extracted nor identical.
       code: what the numbers say, None for tensors that were not solved.
       factors: B and A, if there are any.
+      slices: those of each slice of a stack, by matrix name.
       figures: the report's numbers of this tensor.
     """
 
@@ -32,6 +34,41 @@ class Outcome:
     code: Status | None = None
     factors: tuple[np.ndarray, np.ndarray] | None = None
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+    slices: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+
+#: Figure of a stack to what is said of all its slices together.
+_JOINED: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "residual_rms": lambda values: float(np.sqrt(np.mean(np.square(values)))),
+    "noise_rms_expected": lambda values: float(np.sqrt(np.mean(np.square(values)))),
+    "residual_ratio": max,
+    "detection_floor": max,
+    "rank": max,
+    "rank_gap": min,
+    "remerge_match": lambda values: float(np.mean(values)),
+    "seconds": sum,
+}
+
+
+def join_slices(name: str, parts: Mapping[str, Outcome], reason: str | None) -> Outcome:
+    """A stack's outcome from those of its slices that differ.
+
+    Args:
+      name: the stack's.
+      parts: outcome of every slice that differs, by matrix name.
+      reason: what the tensor was taken for.
+    """
+    bad = [part for part in parts.values() if part.status != "extracted"]
+    if bad:
+        text = f"{bad[0].name}: {bad[0].reason} ({len(bad)} slice(s) so)"
+        return dataclasses.replace(bad[0], name=name, reason=text)
+    figures = {}
+    for key, join in _JOINED.items():
+        values = [part.figures.get(key) for part in parts.values()]
+        known = [value for value in values if value is not None]
+        figures[key] = join(known) if known else None
+    slices = {unit: part.factors for unit, part in parts.items() if part.factors is not None}
+    return Outcome(name, "extracted", reason, Status.OK, None, figures, slices)
 
 
 def judge_heads(outcomes: Sequence[Outcome], base: Checkpoint) -> list[Outcome]:
@@ -44,7 +81,7 @@ def judge_heads(outcomes: Sequence[Outcome], base: Checkpoint) -> list[Outcome]:
     note = "as small as the updates' ranks allow: trained whole, and kept whole"
     return [
         dataclasses.replace(o, status="kept_whole", reason=note)
-        if o.status == "not_low_rank" and min(base.tensors[o.name].shape) <= 2 * top
+        if o.status == "not_low_rank" and smaller_side(base.tensors[o.name]) <= 2 * top
         else o
         for o in outcomes
     ]

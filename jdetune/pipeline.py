@@ -3,7 +3,7 @@
 import dataclasses
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +135,11 @@ def _run(
         plan, options, stage / outfolder.SOLVED, progress, recover_fn, processes
     )
     clock.lap("recover")
-    base, left_out = None, set()
+    base, left_out = None, {}
     with checkpoints[0].busy.doing(WRITE):
         written = write_products(plan, results, stage, options.masks, progress, processes)
     if written is not None:
-        dtypes = sorted({r.base_dtype for r in results if r.recovery and r.base_dtype})
+        dtypes = sorted({r.base_dtype for r in results if r.code is not None and r.base_dtype})
         said = ", ".join(dtypes) or None
         n_parameters, left_out = written
         base = {"dtype": said, "grid": said, "n_parameters": n_parameters}
@@ -224,10 +224,10 @@ def _near_twins(plan: Plan) -> list[tuple[str, str]]:
     return [(names[i], names[twin]) for i, twin in enumerate(plan.alike) if i != twin]
 
 
-def _note_left_out(result: TensorResult, left_out: set[str]) -> TensorResult:
+def _note_left_out(result: TensorResult, left_out: Mapping[str, str]) -> TensorResult:
     if result.plan.name not in left_out:
         return result
-    note = "an adapter leaves it out: PEFT holds weights of modules only, in the base's shapes"
+    note = f"an adapter leaves it out: {left_out[result.plan.name]}"
     return dataclasses.replace(result, reason="; ".join(filter(None, [result.reason, note])))
 
 

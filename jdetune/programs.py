@@ -74,12 +74,16 @@ def row_spaces(
         found = rowspace.solve_layer(weights, max_rank, batch_size)
         nothing = jnp.zeros((), bool)
         ready = {} if finest is None else _returned(*found[:4], finest)
-        return found._asdict() | ready | {
-            "agree": ~nothing,
-            "shared": nothing,
-            "tail_ratio": found.residual_ratio,
-            "shared_margin": jnp.full_like(found.conditioning, jnp.inf),
-        }
+        return (
+            found._asdict()
+            | ready
+            | {
+                "agree": ~nothing,
+                "shared": nothing,
+                "tail_ratio": found.residual_ratio,
+                "shared_margin": jnp.full_like(found.conditioning, jnp.inf),
+            }
+        )
 
     return over_layers(one, mesh, weights)
 

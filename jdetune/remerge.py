@@ -54,16 +54,27 @@ def remerge(found: Recovery, stack: np.ndarray, dtypes: Sequence[str]) -> list[R
     return figures
 
 
+def together(slices: Sequence[Remerged]) -> Remerged:
+    """Figures of a stack of matrices of one shape: shares and counts of all, the largest values."""
+    steps: dict[str, int] = {}
+    for figure in slices:
+        for step, count in figure.steps.items():
+            steps[step] = steps.get(step, 0) + count
+    return Remerged(
+        match=float(np.mean([figure.match for figure in slices])),
+        steps=steps,
+        values=max((figure.values for figure in slices), key=lambda values: max(values, default=0)),
+        edge=max(figure.edge for figure in slices),
+        noise=_short(float(np.sqrt(np.mean([figure.noise**2 for figure in slices])))),
+    )
+
+
 def entries(figures: Sequence[Remerged] | None) -> dict[str, Any]:
     """Keys of report.json; None where nothing was merged again."""
     if figures is None:
         return dict.fromkeys(("ulp_histogram", "singular_values", "noise_edge"))
-    counts: dict[str, int] = {}
-    for figure in figures:
-        for step, count in figure.steps.items():
-            counts[step] = counts.get(step, 0) + count
     return {
-        "ulp_histogram": counts,
+        "ulp_histogram": together(figures).steps if figures else {},
         "singular_values": [list(figure.values) for figure in figures],
         "noise_edge": [figure.edge for figure in figures],
     }

@@ -17,6 +17,7 @@ from jdetune.remerge import Remerged
 from jdetune.remerge import entries as remerge_entries
 from jdetune.report_check import is_whole
 from jdetune.result import Recovery
+from jdetune.slices import join_entries
 from jdetune.status import Status
 
 SCHEMA = "jdetune.report/1"
@@ -39,6 +40,7 @@ class TensorResult:
       seconds: solver time, shared evenly in a group.
       reason: cause and remedy where it is not a plain success.
       base_dtype: dtype of the base written, None if it was left out.
+      parts: of a stack, each matrix's own result; it has no recovery itself.
     """
 
     plan: TensorPlan
@@ -49,11 +51,20 @@ class TensorResult:
     seconds: float | None = None
     reason: str | None = None
     base_dtype: str | None = None
+    parts: tuple["TensorResult", ...] = ()
 
     @property
     def code(self) -> Status | None:
-        """The solver's status, None for tensors it never saw."""
+        """The solver's status, None for tensors it never saw; of a stack, the first that is bad."""
+        if self.parts:
+            codes = [part.code for part in self.parts]
+            return next((code for code in codes if code is not Status.OK), Status.OK)
         return None if self.recovery is None else Status(int(self.recovery.status))
+
+
+def matrices(results: Sequence[TensorResult]) -> list[TensorResult]:
+    """Results a matrix each: stacks are taken apart."""
+    return [part for result in results for part in (result.parts or (result,))]
 
 
 def number(value: Any, floor: float | None = None) -> float | None:
@@ -70,6 +81,12 @@ def number(value: Any, floor: float | None = None) -> float | None:
 
 def tensor_entry(result: TensorResult) -> dict[str, Any]:
     """One entry of ``tensors``."""
+    if result.parts:
+        return join_entries(_entry(result), [_entry(part) for part in result.parts])
+    return _entry(result)
+
+
+def _entry(result: TensorResult) -> dict[str, Any]:
     found = result.recovery
     stats = {} if found is None else dict(found.stats)
     code, again = result.code, result.remerged
@@ -132,7 +149,8 @@ def input_entries(
 def summary(results: Sequence[TensorResult], written: bool) -> dict[str, Any]:
     """Counts, means and the verdict."""
     count = {s: sum(r.status == s for r in results) for s in _STATUSES}
-    solved = [r for r in results if r.status == "recovered" and r.recovery is not None]
+    good = [r for r in results if r.status == "recovered"]
+    solved = [r for r in matrices(good) if r.recovery is not None]
     exact = _mean([number(r.recovery.exact_fraction) for r in solved if r.recovery is not None])
     error = _mean(
         [number(r.recovery.predicted_error, -40.0) for r in solved if r.recovery is not None]
@@ -243,12 +261,14 @@ def _mismatched(result: TensorResult) -> bool:
 
 
 def _ranks_of(results: Sequence[TensorResult], index: int) -> dict[str, int]:
-    solved = (r for r in results if r.status == "recovered")
-    return {
-        r.plan.name: int(np.ravel(np.asarray(r.recovery.ranks))[index])
-        for r in solved
-        if r.recovery is not None
-    }
+    """Rank a tensor in one model; of a stack, the largest."""
+    ranks = {}
+    for result in results:
+        found = [part.recovery for part in matrices([result]) if part.recovery is not None]
+        if result.status == "recovered" and found:
+            own = [int(np.ravel(np.asarray(recovery.ranks))[index]) for recovery in found]
+            ranks[result.plan.name] = max(own)
+    return ranks
 
 
 def _certain(found: Recovery) -> float | None:

@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from jdetune import explain
+from jdetune import explain, report
 from jdetune.behind import WriteBehind
 from jdetune.busy import COMPUTE
 from jdetune.checkpoint.index import Checkpoint
-from jdetune.checkpoint.manifest import GROUP_BYTES, Plan, TensorPlan, make_plan, read_stack, select
+from jdetune.checkpoint.manifest import GROUP_BYTES, Plan, TensorPlan, make_plan, select
+from jdetune.checkpoint.shapes import read_stack
 from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError
+from jdetune.gathering import results_of
 from jdetune.remerge import remerge
 from jdetune.repair import NO_UPDATE
 from jdetune.report import TensorResult
@@ -103,7 +105,8 @@ def solve_one_base(
     results, notes = solve(
         plan, options, store / "first", progress, recover_fn, processes=processes
     )
-    lines = explain.repairs(notes, sum(r.status == "recovered" for r in results))
+    n_solved = sum(r.status == "recovered" for r in report.matrices(results))
+    lines = explain.repairs(notes, n_solved)
     strangers = _strangers(plan, results)
     if not strangers:
         return plan, results, lines
@@ -116,8 +119,8 @@ def solve_one_base(
         processes=processes,
         group_bytes=group_bytes(options),
     )
-    good = [r for r in results if r.recovery is not None and r.status == "recovered"]
-    known = {r.plan.name: _of_models(r, places) for r in good}
+    good = [r for r in results if r.code is not None and r.status == "recovered"]
+    known = {r.plan.name: _of_models(r, places) for r in report.matrices(good)}
     results, notes = solve(rest, options, store / "rest", progress, recover_fn, known, processes)
     reasons = [(name, next(t for t in lines if t.startswith(f"{name} "))) for name in strangers]
     lines += explain.repairs(notes, len(results))
@@ -146,7 +149,7 @@ def solve(
     again.
     """
     known = known or {}
-    planned = {tensor.name: tensor for tensor in plan.tensors}
+    planned = plan.matrices
     groups = [[name for name in group if name not in known] for group in plan.groups]
     groups = list(filter(None, groups))
     store.mkdir(parents=True, exist_ok=True)
@@ -171,12 +174,8 @@ def solve(
         results, own = load_results(_group_file(store, index), planned)
         solved.update(results)
         notes += own
-    results = []
-    for tensor in plan.tensors:
-        earlier = known.get(tensor.name) if tensor.action == "recover" else None
-        kept = None if earlier is None else dataclasses.replace(earlier, plan=tensor)
-        results.append(solved.get(tensor.name) or kept or _copied(tensor))
-    return results, notes
+    solved |= {n: dataclasses.replace(known[n], plan=planned[n]) for n in planned if n in known}
+    return results_of(plan, solved), notes
 
 
 def _read_ahead(
@@ -214,7 +213,7 @@ def _solve_group(
 ) -> tuple[dict[str, TensorResult], list[explain.Note]]:
     """Results and repairs of matrices of one shape."""
     recover = recover_fn or functools.partial(default_recover, max_memory=solver_memory(options))
-    planned = {tensor.name: tensor for tensor in plan.tensors}
+    planned = plan.matrices
     rows = [plan.solved.index(i) for i in plan.alike]
     names = [c.name for c in plan.checkpoints]
     clock = time.monotonic()
@@ -281,7 +280,8 @@ def _base_groups(found: Recovery) -> np.ndarray:
 
 def _strangers(plan: Plan, results: Sequence[TensorResult]) -> list[str]:
     """Models that have another base in every matrix that was recovered."""
-    groups = [_base_groups(r.recovery) for r in results if r.recovery and r.status == "recovered"]
+    solved = [r for r in report.matrices(results) if r.status == "recovered"]
+    groups = [_base_groups(r.recovery) for r in solved if r.recovery]
     alone = np.all(np.array(groups) > 0, axis=0) if groups else ()
     return [c.name for c, yes in zip(plan.checkpoints, alone, strict=bool(groups)) if yes]
 
@@ -298,16 +298,17 @@ def left_out_of(
     """
     names = []
     for result in results:
-        if result.recovery is not None and result.status == "recovered":
-            group = _base_groups(result.recovery)[model]
-            if group > 0 or (damaged and group == NO_UPDATE):
+        found = [part.recovery for part in report.matrices([result]) if part.recovery is not None]
+        if result.status == "recovered":
+            groups = [_base_groups(recovery)[model] for recovery in found]
+            if any(group > 0 or (damaged and group == NO_UPDATE) for group in groups):
                 names.append(result.plan.name)
     return tuple(names)
 
 
 def _stored(checkpoint: Checkpoint, name: str, stack: np.ndarray) -> str:
     """What a model stores a matrix in; a stack of several dtypes is wider."""
-    info = checkpoint.tensors.get(name)
+    info = checkpoint.tensors.get(locate(checkpoint.tensors, name)[0])
     return str(stack.dtype) if info is None else info.dtype
 
 
@@ -329,9 +330,3 @@ def _result(
         seconds=seconds,
         base_dtype=str(np.asarray(found.base).dtype) if code.has_base else None,
     )
-
-
-def _copied(plan: TensorPlan) -> TensorResult:
-    status = plan.action
-    dtype = plan.dtype if plan.source is not None else None
-    return TensorResult(plan=plan, status=status, base_dtype=dtype)

@@ -1,5 +1,6 @@
 """Checks what a recovery wrote: against a reference base, and by merging the adapters again."""
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 import numpy as np
 
 from jdetune import metrics
-from jdetune.checkpoint.adapter_reader import Adapter, merge_peft, read_adapter
-from jdetune.checkpoint.index import FLOATS, Checkpoint, open_checkpoint
+from jdetune.checkpoint.adapter_reader import Adapter, LoraUpdate, merge_peft, read_adapter
+from jdetune.checkpoint.aliases import align_names
+from jdetune.checkpoint.alignment import align
+from jdetune.checkpoint.index import FLOATS, Checkpoint, TensorInfo, open_checkpoint
 from jdetune.checkpoint.reader import raw_bytes, read_tensor
+from jdetune.checkpoint.shapes import matrices, units, view_of
+from jdetune.checkpoint.ties import is_tied, tie_pairs, with_ties
 from jdetune.errors import InputError
 from jdetune.report import read_report
 
@@ -61,7 +66,8 @@ def verify(
     result["passed_over"] = sorted(passed_over)
     if reference is not None:
         known = passed_over | set(by_status.get("per_model", ()))
-        compared, differing = compare_base(base, open_checkpoint(reference), recovered, known)
+        ours, truth = align([base, open_checkpoint(reference)]).checkpoints
+        compared, differing = compare_base(ours, truth, recovered, known)
         result |= compared
         result["reference"] = str(reference)
         result["failures"] += [
@@ -72,8 +78,9 @@ def verify(
             result["failures"].append("no recovered matrix was compared with the reference")
     result["models"] = []
     for done, (name, path) in enumerate(merged.items()):
-        adapter = read_adapter(out / "adapters" / name)
-        entry = {"name": name, **remerge(base, adapter, open_checkpoint(path), passed_over)}
+        adapter = read_adapter(out / "adapters" / name, base)
+        _, model = align_names([base, open_checkpoint(path)])[0]
+        entry = {"name": name, **remerge(base, adapter, model, passed_over)}
         result["models"].append(entry)
         if progress is not None:
             progress("re-merge", done + 1, len(merged))
@@ -141,26 +148,31 @@ def remerge(
     equal = total = max_ulp = n_tensors = 0
     worst = 0.0
     off = []
+    ties = tie_pairs([base, merged])
+    base = with_ties(base, ties)
     for name, info in merged.tensors.items():
         if name in passed_over:
             continue
         n_tensors += 1
         target = read_tensor(merged, name)
-        again = _again(name, base, adapter, target.dtype)
+        own = _stored_for(name, base, adapter, ties)
+        again = _again(own, base, adapter, target.dtype)
         if again is None:
             off.append(name)
             continue
         if again.shape != target.shape:
             off.append(name)
-        elif info.dtype not in FLOATS or name not in adapter.updates:
-            if not _same(again, target) and not _is_near(again, target):
+        elif info.dtype not in FLOATS or not _updates_of(
+            dataclasses.replace(info, name=own), adapter
+        ):
+            if not _same(again, target) and not _is_near(again, target, info):
                 off.append(name)
         else:
             again = again.astype(target.dtype)
-            equal += int(np.sum(metrics.ulp_distance(again, target) == 0))
-            total += target.size
-            max_ulp = max(max_ulp, int(np.max(metrics.ulp_distance(again, target))))
-            miss = _miss(again, target)
+            ulps = metrics.ulp_distance(again, target)
+            equal, total = equal + int(np.sum(ulps == 0)), total + target.size
+            max_ulp = max(max_ulp, int(np.max(ulps)))
+            miss = _miss(again, target, info)
             worst = max(worst, miss)
             if not miss <= 1.0:
                 off.append(name)
@@ -188,18 +200,38 @@ def noise_unit(weights: np.ndarray) -> np.ndarray:
     return np.maximum(ulp / 2, np.maximum(rows, cols))
 
 
-def _miss(again: np.ndarray, target: np.ndarray) -> float:
+def _miss(again: np.ndarray, target: np.ndarray, info: TensorInfo) -> float:
+    """Greatest miss of a tensor's matrices."""
+    view = view_of(info)
+    assert view is not None
+    pairs = zip(matrices(again, view), matrices(target, view), strict=True)
+    return max(_matrix_miss(ours, theirs) for ours, theirs in pairs)
+
+
+def _matrix_miss(again: np.ndarray, target: np.ndarray) -> float:
     finite = np.isfinite(target.astype(np.float32))  # a damaged model cannot be given back there
     target = np.where(finite, target, again)
     error = np.abs(again.astype(np.float64) - target.astype(np.float64))
     return float(np.max(error / noise_unit(target))) / REMERGE_TOLERANCE
 
 
-def _is_near(again: np.ndarray, target: np.ndarray) -> bool:
+def _is_near(again: np.ndarray, target: np.ndarray, info: TensorInfo) -> bool:
     """A matrix that this model did not change (rank 0) is the recovered base up to rounding."""
-    if again.ndim != 2 or str(again.dtype) not in FLOATS:
+    if view_of(info) is None or str(again.dtype) not in FLOATS:
         return False
-    return _miss(again.astype(target.dtype), target) <= 1.0
+    return _miss(again.astype(target.dtype), target, info) <= 1.0
+
+
+def _stored_for(name: str, base: Checkpoint, adapter: Adapter, ties: Mapping[str, str]) -> str:
+    """The tensor whose merge gives another: the embedding's, for a head that is tied to it."""
+    given = name in adapter.saved or name in adapter.updates
+    return ties[name] if name in ties and is_tied(base.config) and not given else name
+
+
+def _updates_of(info: TensorInfo, adapter: Adapter) -> dict[int, LoraUpdate]:
+    """Updates of a tensor's matrices, by place."""
+    found = enumerate(adapter.updates.get(unit) for unit in units(info))
+    return {index: update for index, update in found if update is not None}
 
 
 def _again(name: str, base: Checkpoint, adapter: Adapter, dtype: np.dtype) -> np.ndarray | None:
@@ -207,12 +239,16 @@ def _again(name: str, base: Checkpoint, adapter: Adapter, dtype: np.dtype) -> np
         return adapter.saved[name]
     if name not in base.tensors:
         return None
-    weights = read_tensor(base, name)
-    update = adapter.updates.get(name)
-    if update is None:
+    info, weights = base.tensors[name], read_tensor(base, name)
+    updates, view = _updates_of(info, adapter), view_of(info)
+    if view is None or not updates:
         floats = {str(weights.dtype), str(dtype)} <= set(FLOATS)
         return weights.astype(dtype) if floats else weights
-    return merge_peft(weights, update.left, update.right, update.scaling, dtype)
+    merged = matrices(weights, view).astype(dtype)
+    for index, update in updates.items():
+        base_matrix = matrices(weights, view)[index]
+        merged[index] = merge_peft(base_matrix, update.left, update.right, update.scaling, dtype)
+    return merged.reshape(weights.shape)
 
 
 def _compare(name: str, base: Checkpoint, reference: Checkpoint) -> dict[str, Any]:

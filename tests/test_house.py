@@ -48,6 +48,8 @@ LAYERS = [
         "report",
         "report_check",
         "pages",
+        "slices",
+        "gathering",
         "inspection",
         "verification",
         "extraction",

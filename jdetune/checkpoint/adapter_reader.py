@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from jaxtyping import Float
 
 from jdetune.checkpoint import peft_layout as layout
 from jdetune.checkpoint.adapters import CONFIG_NAME, WEIGHTS_NAME
-from jdetune.checkpoint.index import open_checkpoint, read_json
+from jdetune.checkpoint.index import Checkpoint, open_checkpoint, read_json
+from jdetune.checkpoint.peft_tensors import nesting, unstack
 from jdetune.checkpoint.reader import read_tensor
+from jdetune.checkpoint.shapes import unit_name
 from jdetune.errors import InputError
 
 PICKLED_NAME = "adapter_model.bin"
@@ -47,7 +49,7 @@ class Adapter:
     """A whole adapter.
 
     Attributes:
-      updates: tensor name to factors.
+      updates: matrix name to factors: a tensor's, or ``NAME[i]`` of a stack.
       saved: tensor name to the copy that replaces it (``modules_to_save``).
       config: adapter_config.json.
     """
@@ -74,14 +76,20 @@ def load_adapter(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
-def read_adapter(path: str | Path) -> Adapter:
+def read_adapter(path: str | Path, base: Checkpoint | None = None) -> Adapter:
     """Reads a PEFT LoRA adapter, honouring r, lora_alpha, both patterns and use_rslora.
+
+    Args:
+      path: PEFT adapter folder.
+      base: the model that it belongs to; says how stacked experts are oriented, and under which
+        names tensors are stored that transformers renames when it loads them.
 
     Raises:
       InputError: not a LoRA adapter, or one whose update is not a product (DoRA), or damaged.
     """
     path = Path(path)
-    config = _read_config(path)
+    config, model_config = _read_config(path), {} if base is None else base.config
+    stored = {layout.loaded_name(n, model_config): n for n in (base.tensors if base else ())}
     pickled = path / PICKLED_NAME
     checkpoint = open_checkpoint(pickled if _only(pickled) else path / WEIGHTS_NAME)
     parts: dict[str, dict[str, np.ndarray]] = {}
@@ -91,11 +99,19 @@ def read_adapter(path: str | Path) -> Adapter:
         name = key.removeprefix(layout.PREFIX)
         suffix = next((s for s in _SUFFIXES if name.endswith(s)), None)
         if suffix is None:
-            saved[name] = array
+            saved[stored.get(name, name)] = array
         else:
             module = name.removesuffix(suffix)
             parts.setdefault(module, {})[_SUFFIXES[suffix]] = array.astype(np.float32)
-    updates = {f"{m}.weight": _update(m, found, config, path) for m, found in parts.items()}
+    stacked = _stacked_names(config, parts)
+    updates: dict[str, LoraUpdate] = {}
+    for module, found in parts.items():
+        if module in stacked:
+            pairs = _stack_updates(stacked[module], found, config, path, model_config)
+            updates.update(pairs)
+        else:
+            name = f"{module}.weight"
+            updates[stored.get(name, name)] = _update(module, found, config, path)
     return Adapter(updates, saved, config)
 
 
@@ -188,19 +204,57 @@ def _update(
     )
     if pair is None:
         raise InputError(f"{path}: module {module} has only one of its factors. Copy it again.")
-    down, up = pair  # [rank, in], [out, rank]
+    down, up = pair  # [rank, in], [out, rank]; of convolutions also axes of a kernel
+    if down.ndim > 2 and up.ndim == down.ndim and set(up.shape[2:]) == {1}:
+        down, up = down.reshape(len(down), -1), up.reshape(len(up), -1)
     if down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1]:
         raise InputError(
             f"{path}: factors of {module} have shapes {down.shape} and {up.shape}, not [rank, in] "
-            "and [out, rank]. LoRA on convolutions cannot be read."
+            "and [out, rank]. Copy the adapter again."
         )
-    rank = down.shape[0]
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scaling = _scaling(module, down.shape[0], config)
     conv1d = bool(config.get("fan_in_fan_out")) and leaf_is_conv1d(module)
     if "embedding_A" in found or conv1d:
         return LoraUpdate(down.T, up.T, scaling)
     return LoraUpdate(up, down, scaling)
+
+
+def _scaling(module: str, rank: int, config: Mapping[str, Any]) -> float:
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _stacked_names(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str]:
+    """Module path of factors, as stored, to the parameter of a stack (``target_parameters``)."""
+    names: dict[str, str] = {}
+    parents: dict[str, list[str]] = {}
+    for name in config.get("target_parameters") or ():
+        parents.setdefault(layout.module_of(name), []).append(name)
+    for parent, own in parents.items():
+        for name, depth in (nesting(own) or {}).items():
+            ending = parent + ".base_layer" * depth
+            for module in modules:
+                if module == ending or module.endswith("." + ending):
+                    root = module.removesuffix(".base_layer" * depth)
+                    names[module] = f"{root}.{layout.leaf_of(name)}"
+    return names
+
+
+def _stack_updates(
+    name: str,
+    found: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    path: Path,
+    model_config: Mapping[str, Any],
+) -> dict[str, LoraUpdate]:
+    """Updates of stacked experts, one a slice; their number follows from the rank in the config."""
+    rank = _pattern(config.get("rank_pattern"), name, config.get("r", 8))
+    if "A" not in found or "B" not in found or len(found["A"]) % int(rank):
+        raise InputError(f"{path}: factors of {name} do not fit rank {rank:g}. Copy it again.")
+    down, up = found["A"], found["B"]
+    count, scaling = len(down) // int(rank), _scaling(name, int(rank), config)
+    pairs = unstack(down, up, count, layout.is_transposed(model_config))
+    return {unit_name(name, i): LoraUpdate(b, a, scaling) for i, (b, a) in enumerate(pairs)}
 
 
 def leaf_is_conv1d(module: str) -> bool:

@@ -37,15 +37,31 @@ class TensorInfo:
       start: its first byte in the file.
       n_bytes: its size.
       stamp: which file the header was read from.
+      key: its name in the file, where that is another.
+      whole: its shape in the file, where only its first rows are looked at.
     """
 
     name: str
     file: str
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    n_bytes: int
-    stamp: Stamp
+    start: int = 0
+    n_bytes: int = 0
+    stamp: Stamp | None = None
+    key: str | None = None
+    whole: tuple[int, ...] | None = None
+
+    @property
+    def stored_name(self) -> str:
+        """Its name in the file."""
+        return self.name if self.key is None else self.key
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the rows that are looked at, which are the first."""
+        if self.whole is None:
+            return self.n_bytes
+        return self.n_bytes // max(self.whole[0], 1) * self.shape[0]
 
     @property
     def is_matrix(self) -> bool:

@@ -2,16 +2,16 @@
 
 import dataclasses
 import hashlib
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
-from jdetune.checkpoint.index import FLOATS, Checkpoint, TensorInfo
-from jdetune.checkpoint.reader import numpy_dtype, read_models, tensor_digest
+from jdetune.checkpoint.alignment import align
+from jdetune.checkpoint.compare import Marks, all_marks, entries, first_equal, is_common
+from jdetune.checkpoint.index import Checkpoint, TensorInfo
+from jdetune.checkpoint.plan import Plan, TensorPlan
+from jdetune.checkpoint.reader import numpy_dtype
+from jdetune.checkpoint.shapes import View, units, view_of
 from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError, NotOneBaseError
 
@@ -23,62 +23,6 @@ GROUP_LAYERS = 32
 READERS = 4
 #: Reason of a matrix that the caller's regular expressions left out.
 EXCLUDED = "left out by --include or --exclude"
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorPlan:
-    """What is known of one tensor before any solving.
-
-    Attributes:
-      name: its name.
-      shape: its shape in the first model that has it.
-      dtype: its dtype there.
-      action: ``identical``, ``recover``, ``consensus``, ``per_model``, ``failed`` or ``skipped``.
-      reason: why, where it is not simply recovered or copied.
-      source: index of the model to copy it from, None if there is none.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    action: str
-    reason: str | None = None
-    source: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to do with every tensor of a set of checkpoints.
-
-    Attributes:
-      checkpoints: distinct models, in the order given; the first is the template.
-      duplicates: names of dropped models, each with the name of the one it equals.
-      tensors: one entry a tensor, in the template's order.
-      groups: names of tensors to recover together: one shape and dtype each.
-      warnings: things that are odd but not wrong.
-      alike: for every model, index of the first one that equals it in every matrix in which the
-        models differ; the solver sees each such set once.
-      left_out: names of models that do not belong with the others, each with the reason.
-      fingerprint: of every tensor of every model, by content.
-    """
-
-    checkpoints: tuple[Checkpoint, ...]
-    duplicates: tuple[tuple[str, str], ...]
-    tensors: tuple[TensorPlan, ...]
-    groups: tuple[tuple[str, ...], ...]
-    warnings: tuple[str, ...]
-    alike: tuple[int, ...]
-    left_out: tuple[tuple[str, str], ...] = ()
-    fingerprint: str = ""
-
-    @property
-    def solved(self) -> tuple[int, ...]:
-        """Indices of the models that the solver sees: distinct in the matrices that differ."""
-        return tuple(sorted(set(self.alike)))
-
-    def names(self, action: str) -> tuple[str, ...]:
-        """Names of the tensors that an action is planned for."""
-        return tuple(t.name for t in self.tensors if t.action == action)
 
 
 def select(include: str | None = None, exclude: str | None = None) -> Callable[[str], bool]:
@@ -114,26 +58,38 @@ def make_plan(
     Raises:
       NotOneBaseError: nothing in common.
     """
+    given, aligned = checkpoints, align(checkpoints)
+    checkpoints = aligned.checkpoints
     names = list(dict.fromkeys(name for c in checkpoints for name in c.tensors))
     if not any(is_common(checkpoints, name) for name in names):
-        return _plan_one_architecture(checkpoints, wanted, progress, processes, group_bytes)
-    marks = _all_marks(checkpoints, names, progress, processes)
+        return _plan_one_architecture(given, wanted, progress, processes, group_bytes)
+    marks = all_marks(checkpoints, names, progress, processes)
     keep, duplicates = _distinct(checkpoints, marks)
     differing = [name for name in names if _is_differing(checkpoints, name, marks[name])]
     kept = tuple(checkpoints[i] for i in keep)
+    ties = {}
+    for head, embedding in aligned.ties.items():
+        same = [a == b for a, b in zip(marks[head], marks[embedding], strict=True)]
+        ties[head] = (embedding, tuple(same[i] for i in keep))
     plans = []
     for name in names:
         if any(name in c.tensors for c in kept):
-            plans.append(_plan_tensor(kept, name, [marks[name][i] for i in keep], wanted))
+            tensor = _plan_tensor(kept, name, [marks[name][i] for i in keep], wanted)
+            tensor = _tie(tensor, ties)
+            if tensor.action != "skipped" and name in aligned.cut:
+                reason = "; ".join(filter(None, [tensor.reason, aligned.cut[name]]))
+                tensor = dataclasses.replace(tensor, reason=reason)
+            plans.append(tensor)
     groups = group_tensors(kept, [p.name for p in plans if p.action == "recover"], group_bytes)
-    alike = _first_equal([tuple(marks[name][i] for name in differing) for i in keep])
+    alike = first_equal([tuple(marks[name][i] for name in differing) for i in keep])
     return Plan(
         checkpoints=kept,
         duplicates=duplicates,
         tensors=tuple(plans),
         groups=groups,
-        warnings=_config_warnings(kept),
+        warnings=(*aligned.notes, *_config_warnings(kept)),
         alike=alike,
+        ties=ties,
         fingerprint=hashlib.sha256(repr(list(marks.items())).encode()).hexdigest(),
     )
 
@@ -171,7 +127,7 @@ def _plan_one_architecture(
 
 def group_by_architecture(checkpoints: Sequence[Checkpoint]) -> list[list[int]]:
     """Indices of models that have half of their tensors' names and shapes or more in common."""
-    kinds = [{(i.name, i.shape) for i in c.tensors.values()} for c in checkpoints]
+    kinds = [{(name, i.shape) for name, i in c.tensors.items()} for c in checkpoints]
     groups: list[list[int]] = []
     for index, own in enumerate(kinds):
         for group in groups:
@@ -186,120 +142,54 @@ def group_by_architecture(checkpoints: Sequence[Checkpoint]) -> list[list[int]]:
 def group_tensors(
     checkpoints: Sequence[Checkpoint], names: Sequence[str], limit: int = GROUP_BYTES
 ) -> tuple[tuple[str, ...], ...]:
-    """Groups names by shape and dtype, in order of first appearance, each within the limits."""
+    """Groups tensors' matrices by shape and dtype, in order, each group within the limits."""
     groups: dict[tuple, list[list[str]]] = {}
     for name in names:
         info = checkpoints[0].tensors[name]
-        size = int(np.prod(info.shape)) * numpy_dtype(info.dtype).itemsize * len(checkpoints)
+        view = view_of(info)
+        assert view is not None, f"{name} is no matrix"
+        size = view.row * view.col * numpy_dtype(info.dtype).itemsize * len(checkpoints)
         room = min(max(1, limit // max(1, size)), GROUP_LAYERS)
-        parts = groups.setdefault((info.shape, info.dtype), [[]])
-        if len(parts[-1]) >= room:
-            parts.append([])
-        parts[-1].append(name)
+        parts = groups.setdefault((view.row, view.col, info.dtype), [[]])
+        for unit in units(info):
+            if len(parts[-1]) >= room:
+                parts.append([])
+            parts[-1].append(unit)
     return tuple(tuple(part) for parts in groups.values() for part in parts)
 
 
-def read_stack(checkpoints: Sequence[Checkpoint], name: str) -> np.ndarray:
-    """One matrix of all models, [model, row, col]; float32 holds dtypes that differ."""
-    return read_models(checkpoints, name)
-
-
-def _infos(checkpoints: Sequence[Checkpoint], name: str) -> list[TensorInfo | None]:
-    return [c.tensors.get(name) for c in checkpoints]
-
-
-def is_common(checkpoints: Sequence[Checkpoint], name: str) -> bool:
-    """Whether all models have the tensor in one shape, as floats of any width or in one dtype."""
-    infos = _infos(checkpoints, name)
-    kinds = {(i.shape, "float" if i.dtype in FLOATS else i.dtype) if i else None for i in infos}
-    return None not in kinds and len(kinds) == 1
-
-
-def _all_marks(
-    checkpoints: Sequence[Checkpoint],
-    names: Sequence[str],
-    progress: Callable[[int, int], None] | None,
-    processes: Processes,
-) -> dict[str, tuple[bytes | None, ...]]:
-    """Digests by tensor name, in the order of the names; every process reads its share."""
-    infos = [next(i for i in _infos(checkpoints, name) if i is not None) for name in names]
-    mine = processes.share([math.prod(info.shape) for info in infos])
-    own: dict[str, list[str | None]] = {}
-
-    def marks_of(index: int) -> tuple[bytes | None, ...]:
-        return _marks(checkpoints, names[index])
-
-    pool = ThreadPoolExecutor(READERS)  # one reads while another digests
-    try:
-        found_marks = pool.map(marks_of, mine)
-        for done, (index, marks) in enumerate(zip(mine, found_marks, strict=True)):
-            own[names[index]] = [None if mark is None else mark.hex() for mark in marks]
-            if progress is not None:
-                progress(done + 1, len(mine))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    found: dict[str, list[str | None]] = {}
-    for part in processes.exchange(own):
-        found.update(part)
-    return {n: tuple(None if m is None else bytes.fromhex(m) for m in found[n]) for n in names}
-
-
-def _marks(checkpoints: Sequence[Checkpoint], name: str) -> tuple[bytes | None, ...]:
-    """A digest a model of shape and values; None where the tensor is missing."""
-    infos = _infos(checkpoints, name)
-    dtypes = {info.dtype for info in infos if info is not None}
-    widen = len(dtypes) > 1 and dtypes <= set(FLOATS)
-    marks: list[bytes | None] = []
-    for checkpoint, info in zip(checkpoints, infos, strict=True):
-        if info is None:
-            marks.append(None)
-        else:
-            kind = "float32" if widen else info.dtype
-            mark = tensor_digest(checkpoint, name, widen and info.dtype != kind)
-            marks.append(f"{info.shape}{kind}".encode() + mark)
-    return tuple(marks)
-
-
 def _distinct(
-    checkpoints: Sequence[Checkpoint], marks: dict[str, tuple[bytes | None, ...]]
+    checkpoints: Sequence[Checkpoint], marks: dict[str, Marks]
 ) -> tuple[list[int], tuple[tuple[str, str], ...]]:
-    first = _first_equal(list(zip(*marks.values(), strict=True)))
+    first = first_equal(list(zip(*marks.values(), strict=True)))
     keep = [i for i, twin in enumerate(first) if twin == i]
     twins = [(i, twin) for i, twin in enumerate(first) if twin != i]
     return keep, tuple((checkpoints[i].name, checkpoints[twin].name) for i, twin in twins)
 
 
-def _first_equal(keys: Sequence[tuple]) -> tuple[int, ...]:
-    """For every key, the index of the first that equals it."""
-    first: dict[tuple, int] = {}
-    return tuple(first.setdefault(key, i) for i, key in enumerate(keys))
-
-
-def _is_differing(
-    checkpoints: Sequence[Checkpoint], name: str, marks: Sequence[bytes | None]
-) -> bool:
-    """Whether it is a matrix of one kind in all models, in which they differ."""
+def _is_differing(checkpoints: Sequence[Checkpoint], name: str, marks: Marks) -> bool:
+    """Whether it is made of matrices of one kind in all models, in which they differ."""
     info = checkpoints[0].tensors.get(name)
-    kind = info is not None and info.is_matrix and is_common(checkpoints, name)
+    kind = info is not None and view_of(info) is not None and is_common(checkpoints, name)
     return kind and len(set(marks)) > 1
 
 
 def _plan_tensor(
     checkpoints: Sequence[Checkpoint],
     name: str,
-    marks: Sequence[bytes | None],
+    marks: Marks,
     wanted: Callable[[str], bool],
 ) -> TensorPlan:
-    info = next(i for i in _infos(checkpoints, name) if i is not None)
+    info = next(i for i in entries(checkpoints, name) if i is not None)
     fields = (name, info.shape, info.dtype)
-    if not all(i.is_known for i in _infos(checkpoints, name) if i is not None):
+    if not all(i.is_known for i in entries(checkpoints, name) if i is not None):
         return TensorPlan(*fields, "skipped", f"dtype {info.dtype} is not known here")
     if len(set(marks)) == 1:
         return TensorPlan(*fields, "identical", source=0)
-    common = is_common(checkpoints, name)
-    if common and info.is_matrix:
+    common, view = is_common(checkpoints, name), view_of(info)
+    if common and view is not None:
         if wanted(name):
-            return TensorPlan(*fields, "recover")
+            return _plan_matrices(checkpoints, info, view)
         return TensorPlan(*fields, "skipped", EXCLUDED)
     mark, count = Counter(m for m in marks if m is not None).most_common(1)[0]
     if 2 * count > len(marks):
@@ -308,15 +198,30 @@ def _plan_tensor(
         return TensorPlan(*fields, "consensus", reason, marks.index(mark))
     if not common:
         return TensorPlan(*fields, "skipped", _mismatch(checkpoints, name))
-    if len(info.shape) > 2:
-        reason = "differs and has more than two axes; convolutions and experts are not handled yet"
-        return TensorPlan(*fields, "failed", reason)
     return TensorPlan(*fields, "per_model", "differs in most models and is not a float matrix")
+
+
+def _tie(tensor: TensorPlan, ties: Mapping[str, tuple[str, tuple[bool, ...]]]) -> TensorPlan:
+    """A head that equals its embedding in every model is not worked on again."""
+    embedding, same = ties.get(tensor.name, ("", ()))
+    if tensor.action not in ("recover", "per_model") or not all(same) or not same:
+        return tensor
+    reason = f"tied to {embedding}: the same in every model"
+    return dataclasses.replace(tensor, action="tied", tied_to=embedding, reason=reason)
+
+
+def _plan_matrices(checkpoints: Sequence[Checkpoint], info: TensorInfo, view: View) -> TensorPlan:
+    fields = (info.name, info.shape, info.dtype)
+    slices = units(info) if view.slices is not None else ()
+    if any(name in c.tensors for c in checkpoints for name in slices):
+        reason = f"another tensor is called like a slice of it, {info.name}[0]. Rename one of them."
+        return TensorPlan(*fields, "failed", reason)
+    return TensorPlan(*fields, "recover", view.reason)
 
 
 def _mismatch(checkpoints: Sequence[Checkpoint], name: str) -> str:
     parts = []
-    for checkpoint, info in zip(checkpoints, _infos(checkpoints, name), strict=True):
+    for checkpoint, info in zip(checkpoints, entries(checkpoints, name), strict=True):
         what = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
         parts.append(f"{checkpoint.name}: {what}")
     return "not the same kind in all models (" + ", ".join(parts) + ")"

@@ -1,8 +1,9 @@
 """Reads tensors of a checkpoint as NumPy arrays, whole or in pieces."""
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
@@ -46,29 +47,20 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
       InputError: the file changed, shrank or vanished, or the dtype has no NumPy counterpart.
     """
     info = _info(checkpoint, name)
-    array = _empty(checkpoint, info, info.shape, _dtype(checkpoint, info))
+    array = empty(info.shape, _dtype(checkpoint, info), name)
     _read_into(checkpoint, info, array)
     return array
 
 
-def read_models(checkpoints: Sequence[Checkpoint], name: str) -> np.ndarray:
-    """One tensor of all models, [model, ...]; float32 holds dtypes that differ.
-
-    Args:
-      checkpoints: opened checkpoints that have it in one shape.
-      name: the tensor.
-    """
-    infos = [_info(checkpoint, name) for checkpoint in checkpoints]
-    dtypes = [_dtype(c, info) for c, info in zip(checkpoints, infos, strict=True)]
-    same = len(set(dtypes)) == 1
-    shape = (len(infos), *infos[0].shape)
-    stack = _empty(checkpoints[0], infos[0], shape, dtypes[0] if same else np.dtype(np.float32))
-    for row, (checkpoint, info) in enumerate(zip(checkpoints, infos, strict=True)):
-        if same:
-            _read_into(checkpoint, info, stack[row : row + 1])
-        else:
-            stack[row] = read_tensor(checkpoint, name).astype(np.float32)
-    return stack
+def read_slice(checkpoint: Checkpoint, name: str, index: int) -> np.ndarray:
+    """Part of a tensor at one place of its first axis, read alone."""
+    info = _info(checkpoint, name)
+    size = info.read_bytes // info.shape[0]
+    start = info.start + index * size
+    part = dataclasses.replace(info, shape=info.shape[1:], whole=None, start=start, n_bytes=size)
+    array = empty(part.shape, _dtype(checkpoint, part), name)
+    _read_into(checkpoint, part, array)
+    return array
 
 
 def tensor_digest(checkpoint: Checkpoint, name: str, widen: bool = False) -> bytes:
@@ -81,7 +73,7 @@ def tensor_digest(checkpoint: Checkpoint, name: str, widen: bool = False) -> byt
     """
     info, total = _info(checkpoint, name), hashlib.sha256()
     with opened(checkpoint.root / info.file, info.stamp) as source:
-        pieces = source.chunks(info.start, info.n_bytes)
+        pieces = source.chunks(info.start, info.read_bytes)
         while (piece := _next(pieces, checkpoint)) is not None:
             with checkpoint.busy.doing(COMPUTE):
                 if widen:
@@ -133,24 +125,23 @@ def _dtype(checkpoint: Checkpoint, info: TensorInfo) -> np.dtype:
     return numpy_dtype(info.dtype)
 
 
-def _empty(
-    checkpoint: Checkpoint, info: TensorInfo, shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
+def empty(shape: tuple[int, ...], dtype: np.dtype, name: str) -> np.ndarray:
+    """An array of a tensor's shape, or an error that says it does not fit."""
     try:
         return np.empty(shape, dtype)
     except (MemoryError, ValueError, OverflowError) as error:
         raise InputError(
-            f"{checkpoint.root / info.file}: tensor {printable(info.name)} of shape {list(shape)} "
-            "does not fit into memory. Leave it out with --exclude, or use a larger machine."
+            f"tensor {printable(name)} of shape {list(shape)} does not fit into memory. Leave it "
+            "out with --exclude, or use a larger machine."
         ) from error
 
 
 def _read_into(checkpoint: Checkpoint, info: TensorInfo, array: np.ndarray) -> None:
     """Fills a C-contiguous array with a tensor's bytes."""
     data = array.reshape(-1).view(np.uint8)
-    if len(data) != info.n_bytes:
+    if len(data) != info.read_bytes:
         raise InputError(
-            f"{checkpoint.root / info.file}: tensor {printable(info.name)} has {info.n_bytes} "
+            f"{checkpoint.root / info.file}: tensor {printable(info.name)} has {info.read_bytes} "
             f"bytes, not the {len(data)} of its shape. Copy the file again."
         )
     file = checkpoint.root / info.file

@@ -1,14 +1,18 @@
 """Python calls: merged checkpoints to stacks, recoveries to folders."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jdetune.checkpoint.adapters import AdapterFiles, write_adapter
+from jdetune.checkpoint.alignment import align
+from jdetune.checkpoint.compare import is_common
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
-from jdetune.checkpoint.manifest import is_common, read_stack, select
+from jdetune.checkpoint.manifest import select
 from jdetune.checkpoint.reader import raw_bytes, read_tensor
+from jdetune.checkpoint.shapes import read_stack, units, view_of
 from jdetune.checkpoint.writer import save_like
 from jdetune.errors import InputError
 from jdetune.result import Recovery
@@ -25,21 +29,25 @@ def load_stack(paths: Sequence[str | Path], include: str | None = None) -> dict[
 
     Returns:
       Tensor name to [model, row, col], in the dtype of the files (float32 where they differ) and
-      the order of the first.
+      the order of the first. Convolutions come as [model, out, in * kernel]; of stacked experts,
+      each is an entry ``NAME[i]``.
 
     Raises:
       InputError: no model is given, one cannot be read, or no matrix is left.
     """
     if not paths:
         raise InputError("no model is given. Give the paths of merged models of one base.")
-    checkpoints = [open_checkpoint(path) for path in paths]
+    aligned = align([open_checkpoint(path) for path in paths])
+    checkpoints = aligned.checkpoints
     wanted = select(include)
     stacks: dict[str, np.ndarray] = {}
     for name, info in checkpoints[0].tensors.items():
-        if not (info.is_matrix and wanted(name) and is_common(checkpoints, name)):
+        if view_of(info) is None or not wanted(name) or not is_common(checkpoints, name):
             continue
+        if name in aligned.ties and _equals(checkpoints, name, aligned.ties[name]):
+            continue  # tied to an embedding, which is read
         if include is not None or _differs(checkpoints, name):
-            stacks[name] = read_stack(checkpoints, name)
+            stacks.update({unit: read_stack(checkpoints, unit) for unit in units(info)})
     if not stacks:
         what = "matches include" if include is not None else "differs between the models"
         raise InputError(f"no matrix {what}. Check that the models are fine-tunes of one base.")
@@ -51,21 +59,30 @@ def save_base(recovery: Mapping[str, Recovery], template: str | Path, out: str |
 
     Args:
       recovery: what ``recover`` returned for a mapping of names.
-      template: one of the merged models; gives shard layout, config and tokenizer.
+      template: the first of the merged models; gives names, shard layout, config and tokenizer.
       out: folder to write.
 
-    Every tensor that is not in ``recovery`` is the template's own copy, unverified: a vector, a
-    convolution or a matrix left out of the stack, in which the models differ, is then that model's
-    fine-tuned one, not the base's. ``jdetune recover`` compares all models and takes the majority's
-    copy, or none. Matrices in ``recovery`` whose status has no base are left out.
+    Every tensor that is not in ``recovery`` is the template's own copy, unverified: a vector or a
+    matrix left out of the stack, in which the models differ, is then that model's fine-tuned one,
+    not the base's. ``jdetune recover`` compares all models and takes the majority's copy, or none.
+    Tensors in ``recovery`` whose status has no base are left out; a stack of which only some slices
+    are in ``recovery`` too.
     """
     checkpoint = open_checkpoint(template)
 
     def get_tensor(name: str) -> np.ndarray | None:
-        if name not in recovery:
+        info = checkpoint.tensors[name]
+        found = [recovery[unit] for unit in units(info) if unit in recovery]
+        if not found:
             return read_tensor(checkpoint, name)
-        found = recovery[name]
-        return np.asarray(found.base) if Status(int(found.status)).has_base else None
+        whole = len(found) == len(units(info))
+        if not whole or not all(Status(int(part.status)).has_base for part in found):
+            return None
+        bases = [np.asarray(part.base) for part in found]
+        if len({base.dtype for base in bases}) > 1:
+            bases = [base.astype(np.float32) for base in bases]
+        common = np.stack(bases)  # of resized vocabularies, the rows that all models have
+        return common.reshape(info.shape) if common.size == math.prod(info.shape) else bases[0]
 
     save_like(checkpoint, out, get_tensor)
 
@@ -80,7 +97,7 @@ def save_adapters(
 
     Args:
       recovery: what ``recover`` returned for a mapping of names.
-      template: one of the merged models; gives module names and config.
+      template: the first of the merged models; gives module names and config.
       out: folder that gets one folder a model.
       names: the models' folder names; ``model-1``, ``model-2``, ... if left out.
 
@@ -112,7 +129,7 @@ def save_adapters(
 def factors_of(
     recovery: Mapping[str, Recovery], model: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """One model's factors by tensor name, cut to its rank."""
+    """One model's factors by matrix name, cut to its rank; always two axes."""
     factors = {}
     for name, found in recovery.items():
         rank = int(np.asarray(found.ranks)[model])
@@ -125,6 +142,12 @@ def _is_plain(name: str) -> bool:
     """Whether it names a folder right in another, on every system."""
     plain = not set(name) & set("/\\:") and not name.startswith(".")
     return plain and name.isprintable() and name.strip() == name != ""
+
+
+def _equals(checkpoints: Sequence[Checkpoint], name: str, other: str) -> bool:
+    """Whether two tensors are the same in every model."""
+    pairs = [(read_tensor(c, name), read_tensor(c, other)) for c in checkpoints]
+    return all(np.array_equal(raw_bytes(first), raw_bytes(second)) for first, second in pairs)
 
 
 def _differs(checkpoints: Sequence[Checkpoint], name: str) -> bool:

@@ -1,5 +1,6 @@
 """``jdetune extract``: adapters of merged models whose base is known."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,6 +90,7 @@ def render(report: dict[str, Any], out: str) -> str:
         )
     headers = ["model", "extracted", "ranks", "worst residual", "re-merge", "identical", "whole"]
     lines = [common.table([*headers, "other"], rows), "", f"{report['seconds']:.1f} s"]
+    lines += [f"note: {text}" for text in report["notes"]]
     reasons: dict[tuple[str, str], list[str]] = {}
     for tensor in report["tensors"]:
         if tensor["reason"]:
@@ -105,6 +107,6 @@ def render(report: dict[str, Any], out: str) -> str:
 
 def _mean_match(tensors: Sequence[dict[str, Any]]) -> float | None:
     """Mean over elements, not over tensors."""
-    sizes = [t["shape"][0] * t["shape"][1] for t in tensors]
+    sizes = [math.prod(t["shape"]) for t in tensors]
     equal = sum(t["remerge_match"] * size for t, size in zip(tensors, sizes, strict=True))
     return equal / sum(sizes) if sizes else None

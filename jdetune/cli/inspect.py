@@ -57,6 +57,7 @@ def render(result: Mapping[str, Any]) -> str:
         "",
         f"{result['alike']} tensors alike in all models, {result['matrices']} of them matrices",
     ]
+    lines += [f"note: {text}" for text in result["notes"]]
     if result["unlike"]:
         lines.append(
             f"{len(result['unlike'])} tensors missing in a model or of another shape or dtype, "

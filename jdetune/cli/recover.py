@@ -218,7 +218,7 @@ def _solved_table(tensors: Sequence[dict[str, Any]]) -> str:
         ranks = [rank for member in members for rank in member["ranks"] or ()] if known else []
         rows.append(
             [
-                f"{shape[0]} x {shape[1]} {dtype}",
+                f"{' x '.join(map(str, shape))} {dtype}",
                 str(len(members)),
                 code,
                 common.span(ranks),
@@ -290,7 +290,7 @@ def _plan_json(plan: Any) -> dict[str, Any]:
 
 
 def _plan_text(plan: Any) -> str:
-    actions = ("recover", "identical", "consensus", "per_model", "failed", "skipped")
+    actions = ("recover", "tied", "identical", "consensus", "per_model", "failed", "skipped")
     rows = [[action, str(len(plan.names(action)))] for action in actions if plan.names(action)]
     lines = [f"{len(plan.solved)} distinct models", "", common.table(["tensors", "n"], rows)]
     lines += [f"warning: {name} equals {twin}" for name, twin in plan.duplicates]

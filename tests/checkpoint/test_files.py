@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jdetune.checkpoint import files, open_checkpoint, read_tensor
-from jdetune.checkpoint.reader import digest, read_models, tensor_digest
+from jdetune.checkpoint.reader import digest, tensor_digest
+from jdetune.checkpoint.shapes import read_stack
 from jdetune.errors import InputError
 from tests import pico
 
@@ -123,7 +124,7 @@ def touch(path):
     os.utime(path, ns=(1, 1))
 
 
-@pytest.mark.parametrize("read", [read_tensor, tensor_digest, lambda c, n: read_models([c], n)])
+@pytest.mark.parametrize("read", [read_tensor, tensor_digest, lambda c, n: read_stack([c], n)])
 @pytest.mark.parametrize("harm", [shrink, vanish, rewrite, touch])
 def test_a_file_that_changes_after_its_header_was_read_is_refused(tmp_path, harm, read):
     model = pico.write(tmp_path / "m", BIG)
@@ -174,5 +175,5 @@ def test_digests_in_pieces_are_those_of_the_whole(tmp_path):
     assert tensor_digest(one, "a.weight") == digest(BIG["a.weight"])
     wide = half["a.weight"].astype(np.float32)
     assert tensor_digest(two, "a.weight", widen=True) == digest(wide)
-    stack = read_models([one, two], "a.weight")
+    stack = read_stack([one, two], "a.weight")
     np.testing.assert_array_equal(stack, np.stack([BIG["a.weight"], wide]))

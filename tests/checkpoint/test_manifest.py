@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from jdetune.checkpoint import make_plan, open_checkpoint, select
-from jdetune.checkpoint.manifest import group_tensors, read_stack
+from jdetune.checkpoint.manifest import group_tensors
+from jdetune.checkpoint.shapes import read_stack
 from jdetune.errors import InputError, NotOneBaseError
 from tests import pico
 
@@ -63,12 +64,28 @@ def test_minus_zero_is_a_difference(tmp_path):
     assert actions(plan_of(tmp_path, family.models))["encoder.norm.bias"] == "consensus"
 
 
-def test_more_than_two_axes_fail_with_a_reason(tmp_path):
+def test_convolutions_and_stacks_are_planned_as_matrices(tmp_path):
     family = pico.make(tmp_path / "f")
     for i, model in enumerate(family.models):
-        model["conv.weight"] = np.full((2, 2, 3, 3), i, np.float32)
+        model["conv.weight"] = np.full((4, 3, 3, 3), i, np.float32)
+        model["mlp.experts.up"] = np.full((3, 48, 32), i, np.float32)
+        model["patch.weight"] = np.full((4, 27), i, np.float32)
     plan = plan_of(tmp_path, family.models)
-    assert actions(plan)["conv.weight"] == "failed"
+    assert actions(plan)["conv.weight"] == actions(plan)["mlp.experts.up"] == "recover"
+    assert ("conv.weight", "patch.weight") in plan.groups
+    assert set(plan.matrices) > {"mlp.experts.up[0]", "mlp.experts.up[2]", "conv.weight"}
+    (group,) = [names for names in plan.groups if "mlp.experts.up[0]" in names]
+    assert "encoder.layer.0.query.weight" in group  # of the same shape
+    assert plan.matrices["mlp.experts.up[1]"].shape == (48, 32)
+
+
+def test_a_tensor_called_like_a_slice_is_refused(tmp_path):
+    models = [
+        {"experts.up": np.full((2, 4, 4), i, np.float32), "experts.up[1]": np.zeros(i + 1, np.int8)}
+        for i in range(3)
+    ]
+    plan = plan_of(tmp_path, models)
+    assert actions(plan)["experts.up"] == "failed"
 
 
 def test_duplicates_are_dropped(tmp_path):
