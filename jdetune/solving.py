@@ -18,7 +18,7 @@ from jdetune.behind import WriteBehind
 from jdetune.busy import COMPUTE
 from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.manifest import GROUP_BYTES, Plan, TensorPlan, make_plan, select
-from jdetune.checkpoint.shapes import read_stack
+from jdetune.checkpoint.shapes import locate, read_stack
 from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError
 from jdetune.gathering import results_of

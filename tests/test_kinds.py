@@ -12,7 +12,8 @@ from jdetune.checkpoint.shapes import matrices, units, view_of
 from jdetune.errors import InputError
 from jdetune.status import Status
 from jdetune.verification import verify
-from tests import pico, zoo
+from tests import family_zoo as zoo
+from tests import pico
 
 CONV, STACK, QUERY = "stem.conv.weight", "mlp.experts.gate_up_proj", "layer.0.query.weight"
 SHAPES = {CONV: (16, 4, 3, 3), STACK: (3, 24, 24), QUERY: (24, 24)}

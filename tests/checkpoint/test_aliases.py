@@ -4,7 +4,8 @@ import pytest
 
 from jdetune.checkpoint import open_checkpoint, read_tensor
 from jdetune.checkpoint.aliases import align_names, match_names
-from tests import pico, zoo
+from tests import family_zoo as zoo
+from tests import pico
 
 LAYERS = [f"layers.{i}.{part}.weight" for i in range(3) for part in "qkv"]
 

@@ -11,7 +11,8 @@ from jdetune.checkpoint.alignment import align
 from jdetune.checkpoint.ties import is_alias, is_tied, tie_pairs
 from jdetune.checkpoint.vocabulary import cut_rows, sizes_of
 from jdetune.verification import verify
-from tests import pico, zoo
+from tests import family_zoo as zoo
+from tests import pico
 
 ROWS, WIDTH = 48, 32
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

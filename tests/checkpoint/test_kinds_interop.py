@@ -3,7 +3,7 @@
 import pytest
 
 from jdetune.verification import verify
-from tests import zoo
+from tests import family_zoo as zoo
 
 pytestmark = pytest.mark.interop
 

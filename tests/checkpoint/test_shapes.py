@@ -6,7 +6,8 @@ import pytest
 from jdetune.checkpoint import load_stack, open_checkpoint, save_base
 from jdetune.checkpoint.shapes import locate, matrices, read_matrix, read_stack, units, view_of
 from jdetune.status import Status
-from tests import pico, zoo
+from tests import family_zoo as zoo
+from tests import pico
 
 
 @pytest.mark.parametrize(
