@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jdetune import outfolder, report
+from jdetune.checkpoint.adapter_formats import WHY_LEFT_OUT, choose_format
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
 from jdetune.checkpoint.manifest import Plan, make_plan, select
 from jdetune.checkpoint.writer import save_json
@@ -110,6 +111,7 @@ def _run(
 ) -> dict[str, Any]:
     started, clock = datetime.datetime.now(datetime.UTC), _Clock()
     checkpoints = open_models(models)
+    form = choose_format(options.adapter_format, checkpoints[0])
     placed = processes.exchange(processes.first and outfolder.finish_placing(out))[0]
     if placed:  # all but that was done when the former run was killed
         done = report.read_report(out)
@@ -128,13 +130,13 @@ def _run(
     )
     clock.lap("recover")
     base, left_out = None, set()
-    written = write_products(plan, results, stage, options.masks, progress, processes)
+    written = write_products(plan, results, stage, options.masks, progress, processes, form)
     if written is not None:
         dtypes = sorted({r.base_dtype for r in results if r.recovery and r.base_dtype})
         said = ", ".join(dtypes) or None
         n_parameters, left_out = written
         base = {"dtype": said, "grid": said, "n_parameters": n_parameters}
-    results = [_note_left_out(r, left_out) for r in results]
+    results = [_note_left_out(r, left_out, form) for r in results]
     clock.lap("write")
     head = report.top_level(
         command=options.command,
@@ -148,8 +150,9 @@ def _run(
         "timing": report.timing(clock.laps, clock.total, results, processes.count),
         "inputs": _input_entries(checkpoints, plan, results),
         "base": base,
+        "adapter_format": form,
         "summary": report.summary(results, base is not None),
-        "warnings": [*repairs, *_warnings(plan, base is not None)],
+        "warnings": [*repairs, *_warnings(plan, base is not None, left_out)],
         "tensors": [_tensor_entry(plan, result) for result in results],
     }
     processes.exchange("written")
@@ -164,7 +167,7 @@ def _state(plan: Plan, options: Options) -> dict[str, Any]:
     """What the results depend on: an interrupted run goes on only where all of it is the same."""
     import jax
 
-    kept = ("include", "exclude", "masks", "max_memory")
+    kept = ("include", "exclude", "masks", "max_memory", "adapter_format")
     return {
         "models": {"names": [c.name for c in plan.checkpoints], "content": plan.fingerprint},
         "flags": {"solver": repr(options.solver), **{k: getattr(options, k) for k in kept}},
@@ -213,10 +216,10 @@ def _near_twins(plan: Plan) -> list[tuple[str, str]]:
     return [(names[i], names[twin]) for i, twin in enumerate(plan.alike) if i != twin]
 
 
-def _note_left_out(result: TensorResult, left_out: set[str]) -> TensorResult:
+def _note_left_out(result: TensorResult, left_out: set[str], form: str) -> TensorResult:
     if result.plan.name not in left_out:
         return result
-    note = "an adapter leaves it out: PEFT holds weights of modules only, in the base's shapes"
+    note = f"an adapter leaves it out: {WHY_LEFT_OUT[form]}"
     return dataclasses.replace(result, reason="; ".join(filter(None, [result.reason, note])))
 
 
@@ -241,7 +244,7 @@ def _tensor_entry(plan: Plan, result: TensorResult) -> dict[str, Any]:
     return {**report.tensor_entry(result), "left_out": names}
 
 
-def _warnings(plan: Plan, written: bool) -> list[str]:
+def _warnings(plan: Plan, written: bool, left_out: set[str]) -> list[str]:
     twins = [
         f"{name} equals {twin} in every tensor and was dropped" for name, twin in plan.duplicates
     ]
@@ -253,9 +256,10 @@ def _warnings(plan: Plan, written: bool) -> list[str]:
     voted = [t for t in plan.tensors if t.action == "consensus"]
     lines = [*plan.warnings, *twins]
     if voted and written:
+        own = "leave theirs out" if any(t.name in left_out for t in voted) else "keep their own"
         lines.append(
             f"{len(voted)} tensor(s), e.g. {voted[0].name}, are the majority's copy: "
-            f"{voted[0].reason}, whose adapters keep their own"
+            f"{voted[0].reason}, whose adapters {own}"
         )
     if missing and written:
         lines.append(

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jdetune.checkpoint.adapters import write_adapter
+from jdetune.checkpoint.adapter_formats import write_as
 from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.manifest import Plan
+from jdetune.checkpoint.pipeline_folder import home_file
 from jdetune.checkpoint.reader import numpy_dtype, raw_bytes, read_tensor
 from jdetune.checkpoint.stacks import factors_of
 from jdetune.checkpoint.writer import Shard, finish_shards, save_safetensors, save_shard
@@ -29,6 +30,7 @@ def write_products(
     masks: bool = False,
     progress: Progress | None = None,
     processes: Processes = ALONE,
+    adapter_format: str = "peft",
 ) -> tuple[int, set[str]] | None:
     """Writes base, adapters and masks into a folder; nothing if no differing matrix has a base.
 
@@ -39,6 +41,7 @@ def write_products(
       masks: also which elements of the base are certain.
       progress: told of every file.
       processes: who writes along; index and side files are the first one's.
+      adapter_format: what ``choose_format`` returned.
 
     Returns:
       Number of the base's parameters, and tensors that an adapter leaves out; None if nothing was
@@ -63,7 +66,7 @@ def write_products(
         if isinstance(file, str):
             shards.append(save_shard(template, stage / "base", file, get_tensor))
         else:
-            left_out |= _write_adapter(plan, file, results, stage)
+            left_out |= _write_adapter(plan, file, results, stage, adapter_format)
         if progress is not None:
             progress("write", done + 1, len(mine))
     if masks and processes.index == processes.count - 1:
@@ -90,7 +93,7 @@ def _mask(certain: Any) -> Deferred:
 
 
 def _write_adapter(
-    plan: Plan, model: int, results: Sequence[TensorResult], stage: Path
+    plan: Plan, model: int, results: Sequence[TensorResult], stage: Path, adapter_format: str
 ) -> set[str]:
     """Writes one model's adapter; returns the tensors that it cannot hold."""
     checkpoint = plan.checkpoints[model]
@@ -99,7 +102,7 @@ def _write_adapter(
     own, unfit = _own_copies(plan, checkpoint)
     whole = per_model + own + left_out_of(results, model)
     folder = stage / "adapters" / checkpoint.name
-    written = write_adapter(folder, factors_of(found, model), checkpoint, whole)
+    written = write_as(adapter_format, folder, factors_of(found, model), checkpoint, whole)
     return {*written.left_out, *unfit}
 
 
@@ -127,9 +130,11 @@ def _equal(first: np.ndarray, second: np.ndarray) -> bool:
 def _full_template(plan: Plan, sources: Mapping[str, int | None]) -> Checkpoint:
     """The first model, with the tensors that only a majority of the others holds."""
     template = plan.checkpoints[0]
-    extra = {
-        name: dataclasses.replace(plan.checkpoints[s].tensors[name], file=template.files[-1])
+    others = {
+        name: plan.checkpoints[s].tensors[name]
         for name, s in sources.items()
         if s is not None and name not in template.tensors
     }
-    return dataclasses.replace(template, tensors={**template.tensors, **extra})
+    extra = {n: dataclasses.replace(i, file=home_file(template, i)) for n, i in others.items()}
+    files = tuple(dict.fromkeys([*template.files, *(i.file for i in extra.values())]))
+    return dataclasses.replace(template, tensors={**template.tensors, **extra}, files=files)

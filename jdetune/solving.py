@@ -44,6 +44,7 @@ class Options:
       masks: also write which elements of the base are certain.
       max_memory: bytes that a device may use at a time; a share of what is free if None.
       command: what to name in the report as the command.
+      adapter_format: one of ``jdetune.checkpoint.adapter_formats.FORMATS``.
     """
 
     solver: Any = None
@@ -53,6 +54,7 @@ class Options:
     masks: bool = False
     max_memory: int | None = None
     command: str = "jdetune.pipeline.run"
+    adapter_format: str = "auto"
 
 
 def group_bytes(options: Options) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from jdetune import metrics
-from jdetune.checkpoint.adapter_reader import Adapter, merge_peft, read_adapter
+from jdetune.checkpoint.adapter_formats import read_as
+from jdetune.checkpoint.adapter_reader import Adapter, merge_peft
 from jdetune.checkpoint.index import FLOATS, Checkpoint, open_checkpoint
 from jdetune.checkpoint.reader import raw_bytes, read_tensor
 from jdetune.errors import InputError
@@ -72,7 +73,7 @@ def verify(
             result["failures"].append("no recovered matrix was compared with the reference")
     result["models"] = []
     for done, (name, path) in enumerate(merged.items()):
-        adapter = read_adapter(out / "adapters" / name)
+        adapter = read_as(out / "adapters" / name, base)
         entry = {"name": name, **remerge(base, adapter, open_checkpoint(path), passed_over)}
         result["models"].append(entry)
         if progress is not None:
@@ -242,6 +243,13 @@ def _find_models(
         for entry in report["inputs"]
         if entry["duplicate_of"] is None and entry.get("left_out") is None
     ]
+    if report.get("adapter_format") == "none":
+        if not optional:
+            raise InputError(
+                "the recovery wrote no adapters (--adapter_format=none), so no model can be merged "
+                "again. Give --reference."
+            )
+        return {}
     if given is not None:
         if len(given) != len(entries):
             names = ", ".join(entry["name"] for entry in entries)

@@ -41,7 +41,7 @@ model = PeftModel.from_pretrained(base, "PATH/adapters/{name}")
 {n_layers} layers, ranks {low} to {high}. The scale of LoRA cannot be known from merged weights, so
 `lora_alpha` equals the rank in every layer.{shared}
 """
-_RECOVERED_BASE = "../../base"
+RECOVERED_BASE = "../../base"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def write_adapter(
     factors: Factors,
     checkpoint: Checkpoint,
     per_model: tuple[str, ...] = (),
-    base: str = _RECOVERED_BASE,
+    base: str = RECOVERED_BASE,
 ) -> AdapterFiles:
     """Writes one model's adapter.
 
@@ -168,7 +168,7 @@ def _card(name: str, ranks: Mapping[str, int], base: str, config: Mapping[str, A
         "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     }.get(layout.task_type(config) or "", "AutoModel")
     values = list(ranks.values()) or [0]
-    recovered = base == _RECOVERED_BASE
+    recovered = base == RECOVERED_BASE
     return _CARD.format(
         base=base,
         name=name,

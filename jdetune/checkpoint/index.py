@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from jdetune.checkpoint.weight_names import weight_names
 from jdetune.errors import InputError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -62,12 +63,19 @@ class TensorInfo:
       file: file name inside the checkpoint's folder.
       dtype: NumPy's (or ml_dtypes') word for the dtype.
       shape: its shape.
+      key: its name in the file, where that is another.
     """
 
     name: str
     file: str
     dtype: str
     shape: tuple[int, ...]
+    key: str | None = None
+
+    @property
+    def stored_name(self) -> str:
+        """Its name in the file."""
+        return self.name if self.key is None else self.key
 
     @property
     def is_matrix(self) -> bool:
@@ -107,7 +115,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Reads the headers of a checkpoint.
 
     Args:
-      path: a Hugging Face directory or a ``.safetensors`` file.
+      path: a Hugging Face directory (of transformers or diffusers, also a pipeline's) or a
+        ``.safetensors`` file.
 
     Returns:
       The checkpoint's names, shapes, dtypes and files.
@@ -123,6 +132,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     if path.is_file():
         return _open_file(path)
+    if (path / "model_index.json").is_file():
+        from jdetune.checkpoint.pipeline_folder import open_pipeline
+
+        return open_pipeline(path)
     config = _read_config(path)
     files, weight_map = _find_shards(path)
     tensors = _read_shards(path, files)
@@ -189,10 +202,11 @@ def _read_config(root: Path) -> dict[str, Any]:
 
 def _find_shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
     """Shard names in order, and the index's map where there is one."""
-    if (root / SINGLE_NAME).exists():
-        return (SINGLE_NAME,), None
-    if (root / INDEX_NAME).exists():
-        return _read_index(root)
+    single, index = weight_names(root)
+    if (root / single).exists():
+        return (single,), None
+    if (root / index).exists():
+        return _read_index(root, index)
     names = sorted(p.name for p in root.iterdir() if p.suffix == ".safetensors")
     weights = [name for name in names if not name.startswith("adapter_")]
     if len(weights) == 1:
@@ -216,8 +230,8 @@ def _find_shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
     )
 
 
-def _read_index(root: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    path = root / INDEX_NAME
+def _read_index(root: Path, index: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    path = root / index
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: no weight_map in it. Copy the index again.")
@@ -231,7 +245,7 @@ def _read_index(root: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     for name in files:
         if not (root / name).is_file():
             raise InputError(
-                f"{root / name}: this shard is named in {INDEX_NAME} but missing. Download the "
+                f"{root / name}: this shard is named in {index} but missing. Download the "
                 "checkpoint again."
             )
     return files, weight_map
@@ -274,7 +288,7 @@ def _read_header(path: Path) -> list[TensorInfo]:
 def _check_index(
     root: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]
 ) -> None:
-    path = root / INDEX_NAME
+    path = root / weight_names(root)[1]
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
             raise InputError(

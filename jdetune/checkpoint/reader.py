@@ -33,10 +33,11 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
     Raises:
       InputError: the file changed or its dtype has no NumPy counterpart.
     """
-    path = checkpoint.root / checkpoint.tensors[name].file
+    info = checkpoint.tensors[name]
+    path = checkpoint.root / info.file
     try:
         with safe_open(path, framework="np") as handle:
-            return handle.get_tensor(name)
+            return handle.get_tensor(info.stored_name)
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: tensor {name} cannot be read ({error}). Copy the file again, or leave the "

@@ -32,6 +32,7 @@ def make_command() -> Command:
     command.boolean("dry_run", False, "Say what would be recovered, then stop.")
     command.string("include", None, "Recover only matrices whose name matches this regex.")
     command.string("exclude", None, "Leave out matrices whose name matches this regex.")
+    common.add_adapter_format(command)
     add_solver_flags(command)
     command.string(
         "max_memory",
@@ -140,6 +141,7 @@ def main(argv: Sequence[str]) -> int:
         masks=command["masks"],
         max_memory=common.parse_size(command["max_memory"], "--max_memory"),
         command=command.command_line(argv),
+        adapter_format=command["adapter_format"],
     )
     with common.progress_bar(command["quiet"] or not processes.first) as progress:
         if command["dry_run"]:
@@ -180,8 +182,10 @@ def render(report: dict[str, Any], out: str) -> str:
         lines += [
             "",
             f"base      {out}/base",
-            f"adapters  {out}/adapters/{{{', '.join(_adapter_names(report))}}}",
         ]
+        if report["adapter_format"] != "none":
+            names = ", ".join(_adapter_names(report))
+            lines.append(f"adapters  {out}/adapters/{{{names}}} ({report['adapter_format']})")
     else:
         lines += ["", "no base was written"]
     lines += [f"report    {out}/report.json"]
