@@ -28,6 +28,9 @@ def write_kohya(
 ) -> AdapterFiles:
     """Writes one model's adapter as ``NAME/NAME.safetensors``; alpha is the rank everywhere.
 
+    Modules of one component get one rank, smaller ones filled up with zeros: diffusers 0.42 reads
+    the alphas of attention only where all are the same, and scales the rest wrongly.
+
     Args:
       path: folder to write.
       factors: tensor name to left and right.
@@ -40,10 +43,12 @@ def write_kohya(
     """
     held, left_out = held_pieces(factors, checkpoint, per_model, lambda s: s.kohya is not None)
     tensors: dict[str, np.ndarray] = {}
+    tops = _top_ranks(held)
     for piece in (piece for own in held.values() for piece in own):
-        tensors[f"{piece.slot.kohya}.lora_down.weight"] = piece.down
-        tensors[f"{piece.slot.kohya}.lora_up.weight"] = piece.up
-        tensors[f"{piece.slot.kohya}.alpha"] = np.array(len(piece.down), np.float32)
+        rank = tops[piece.slot.component]
+        tensors[f"{piece.slot.kohya}.lora_down.weight"] = _filled(piece.down, 0, rank)
+        tensors[f"{piece.slot.kohya}.lora_up.weight"] = _filled(piece.up, 1, rank)
+        tensors[f"{piece.slot.kohya}.alpha"] = np.array(rank, np.float32)
     name = f"{path.name}.safetensors"
     save_safetensors(path / name, tensors, _metadata(path.name, held, checkpoint))
     save_card(path, name, held, checkpoint, base)
@@ -78,6 +83,21 @@ def read_kohya(path: Path, base: Checkpoint) -> Adapter:
     return Adapter(updates, {}, {})
 
 
+def _top_ranks(held: Mapping[str, list[Piece]]) -> dict[str, int]:
+    """Greatest rank of every component."""
+    tops: dict[str, int] = {}
+    for piece in (piece for own in held.values() for piece in own):
+        component = piece.slot.component
+        tops[component] = max(tops.get(component, 0), len(piece.down))
+    return tops
+
+
+def _filled(factor: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """A factor with zeros up to a size along its rank axis."""
+    missing = [(0, size - n if i == axis else 0) for i, n in enumerate(factor.shape)]
+    return np.pad(factor, missing)
+
+
 def _factors(checkpoint: Checkpoint, module: str) -> tuple[np.ndarray, np.ndarray]:
     """Down and up factor of a module, its scale folded into the up one."""
     keys = [f"{module}.{word}" for word in ("lora_down.weight", "lora_up.weight", "alpha")]
@@ -92,10 +112,9 @@ def _factors(checkpoint: Checkpoint, module: str) -> tuple[np.ndarray, np.ndarra
 def _metadata(name: str, held: Mapping[str, list[Piece]], checkpoint: Checkpoint) -> dict[str, str]:
     """Header text in kohya's words, as far as it can be known."""
     everything = [piece for own in held.values() for piece in own]
-    spatial = [len(p.down) for p in everything if max(p.down.shape[2:], default=1) > 1]
-    linear = [len(p.down) for p in everything if max(p.down.shape[2:], default=1) == 1]
-    top = str(max(linear or spatial, default=1))
-    extra = {"conv_dim": str(max(spatial)), "conv_alpha": str(max(spatial))} if spatial else {}
+    top = str(max(_top_ranks(held).values(), default=1))
+    spatial = any(max(piece.down.shape[2:], default=1) > 1 for piece in everything)
+    extra = {"conv_dim": top, "conv_alpha": top} if spatial else {}
     version = _version(checkpoint)
     known = {} if version is None else {"ss_base_model_version": version}
     known |= {} if version is None else {"ss_v2": str(version == "sd_v2")}
