@@ -13,7 +13,7 @@ from jdetune.checkpoint import Checkpoint, open_checkpoint, read_tensor
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "v_proj"]
-_WORDS = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "cat</w>": 3}
+WORDS = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "cat</w>": 3}
 
 
 @contextlib.contextmanager
@@ -95,7 +95,7 @@ def pipeline():
             unet=unet(),
             vae=vae,
             text_encoder=text_encoder(),
-            tokenizer=transformers.CLIPTokenizer(vocab=_WORDS, merges=[]),
+            tokenizer=transformers.CLIPTokenizer(vocab=WORDS, merges=[]),
             scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
             safety_checker=None,
             feature_extractor=None,
@@ -103,23 +103,19 @@ def pipeline():
         )
 
 
-def tune(pipe, seed: int, rank: int = 2, convolutions: bool = False) -> None:
-    """Merges random LoRA updates into a pipeline, by PEFT: other ranks for keys, none in mid_block."""
+def tune(pipe, seed: int, rank: int = 2) -> None:
+    """Merges random LoRA updates into a pipeline, by PEFT: keys with another rank, no mid_block."""
     import peft
     import torch
 
     torch.manual_seed(seed)
-    extra = ["proj_in", "conv1"] if convolutions else []
-    for name, targets in (("unet", [*UNET_TARGETS, *extra]), ("text_encoder", TEXT_TARGETS)):
-        config = peft.LoraConfig(
-            r=rank,
-            lora_alpha=rank,
-            target_modules=targets,
-            rank_pattern={"to_k": rank + 1},
-            alpha_pattern={"to_k": rank + 1},
-            exclude_modules=r".*mid_block.*",
-            init_lora_weights=False,
-        )
+    ranks = {"to_k": rank + 1}
+    only_unet = {"rank_pattern": ranks, "alpha_pattern": ranks, "exclude_modules": ".*mid_block.*"}
+    for name, options in (
+        ("unet", {"target_modules": UNET_TARGETS, **only_unet}),
+        ("text_encoder", {"target_modules": TEXT_TARGETS}),
+    ):
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False, **options)
         tuned = peft.get_peft_model(getattr(pipe, name), config)
         with torch.no_grad():
             for key, value in tuned.named_parameters():

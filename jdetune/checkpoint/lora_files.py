@@ -81,16 +81,37 @@ def held_pieces(
     kept = {name: pair for name, pair in nonzero.items() if name in table}
     if not kept and table:
         name = next((n for n in factors if n in table), next(iter(table)))
-        row, *rest = checkpoint.tensors[name].shape
-        kept = {
-            name: (np.zeros((row, 1), np.float32), np.zeros((1, int(np.prod(rest))), np.float32))
-        }
+        kept = {name: _zeros(checkpoint.tensors[name].shape)}
+    for name in _missing_outputs(kept, table):
+        kept[name] = _zeros(checkpoint.tensors[name].shape)
     held = {
         name: list(pieces(name, left, right, checkpoint.tensors[name].shape, table[name]))
         for name, (left, right) in kept.items()
     }
     absent = [n for n in whole if n in checkpoint.tensors]
     return held, (*(n for n in nonzero if n not in kept), *absent)
+
+
+def _zeros(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """A rank-1 update of zeros."""
+    col = int(np.prod(shape[1:]))
+    return np.zeros((shape[0], 1), np.float32), np.zeros((1, col), np.float32)
+
+
+def _missing_outputs(
+    kept: Collection[str], table: Mapping[str, tuple[Slot, ...]]
+) -> tuple[str, ...]:
+    """The first attention output of every text encoder that has updates, but none of an output.
+
+    diffusers 0.42 tells a text encoder's keys by its outputs, and refuses a file without them.
+    """
+    found = []
+    for component in dict.fromkeys(table[name][0].component for name in kept):
+        names = [n for n, s in table.items() if s[0].component == component]
+        outputs = [n for n in names if str(table[n][0].module).endswith(".self_attn.out_proj")]
+        if component.startswith("text_encoder") and outputs and not set(outputs) & set(kept):
+            found.append(outputs[0])
+    return tuple(found)
 
 
 def save_component_card(folder: Path, config: Mapping[str, Any], base: str) -> None:
