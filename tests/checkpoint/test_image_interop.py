@@ -182,6 +182,21 @@ def test_every_module_of_a_unet_and_a_text_encoder(folders, tmp_path, form):
         np.testing.assert_allclose(again[name].left @ again[name].right, left @ right, atol=1e-8)
 
 
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+@pytest.mark.parametrize("module", ["mlp.fc1", "self_attn.v_proj"])
+def test_a_text_encoder_with_few_updates_loads(folders, tmp_path, form, module):
+    """diffusers tells the kind of file by a text encoder's attention outputs."""
+    checkpoint = open_checkpoint(folders[0])
+    name = f"text_encoder/encoder.layers.1.{module}.weight"
+    factors = factors_for(checkpoint, [name])
+    files = write_as(form, tmp_path / "adapters" / "m", factors, checkpoint)
+    fused = tiny.fused(tiny.load(folders[0]), files.path, FILES[form].format("m"))
+    for key, value in tiny.plain(tiny.state(fused.text_encoder)).items():
+        before = read_tensor(checkpoint, f"text_encoder/{key}")
+        expected = updated(before, factors, f"text_encoder/{key}")
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1.2e-7, err_msg=key)
+
+
 @pytest.mark.parametrize("sdxl", [False, True])
 def test_names_of_the_original_layout_are_what_diffusers_converts(sdxl):
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
@@ -217,7 +232,7 @@ def sdxl_pipeline():
     )
 
 
-@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("single", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_kohya_names_of_sdxl(tmp_path, single):
     """From a folder and from a single file: the same names, which diffusers maps to its modules."""
     pipe = sdxl_pipeline()
