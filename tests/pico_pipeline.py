@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,10 @@ def tuned(base: dict[str, np.ndarray], seed: int, rank: int = 2) -> dict[str, np
 
 def write(root: Path, tensors: dict[str, np.ndarray], variant: str = "", shards: int = 1) -> Path:
     """A pipeline of UNet, text encoder and VAE; the UNet in shards if asked for."""
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1"}
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.42.1",
+    }
     configs = {
         "unet": {"_class_name": "UNet2DConditionModel"},
         "text_encoder": {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]},

@@ -1,11 +1,13 @@
 """Tiny Stable Diffusion pipelines by diffusers' own configs, tuned with PEFT, and their files."""
 
 import contextlib
+import importlib
 import io
 import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,28 +18,31 @@ TEXT_TARGETS = ["q_proj", "v_proj"]
 WORDS = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "cat</w>": 3}
 
 
+def diffusers() -> Any:
+    """The library, whose lazy names type checkers do not see."""
+    return importlib.import_module("diffusers")
+
+
 @contextlib.contextmanager
 def quiet():
     """Other libraries' deprecations and notes are not ours to mend."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        import diffusers
         import transformers
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        diffusers.utils.logging.set_verbosity_error()
-        diffusers.utils.logging.disable_progress_bar()
+        diffusers().utils.logging.set_verbosity_error()
+        diffusers().utils.logging.disable_progress_bar()
         logging.getLogger("diffusers").setLevel(logging.ERROR)
         yield
 
 
 def unet(seed: int = 0, sdxl: bool = False, **changes):
     import torch
-    from diffusers import UNet2DConditionModel
 
     torch.manual_seed(seed)
-    config = {
+    config: dict[str, Any] = {
         "sample_size": 8,
         "layers_per_block": 1,
         "block_out_channels": (32, 64),
@@ -59,7 +64,7 @@ def unet(seed: int = 0, sdxl: bool = False, **changes):
             "cross_attention_dim": 64,
             "layers_per_block": 2,
         }
-    return UNet2DConditionModel(**(config | changes))
+    return diffusers().UNet2DConditionModel(**(config | changes))
 
 
 def text_encoder(projected: bool = False):
@@ -86,17 +91,16 @@ def pipeline():
     """A whole Stable Diffusion 1."""
     import torch
     import transformers
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 
     torch.manual_seed(2)
-    vae = AutoencoderKL(block_out_channels=[16], norm_num_groups=8)
+    vae = diffusers().AutoencoderKL(block_out_channels=[16], norm_num_groups=8)
     with quiet():
-        return StableDiffusionPipeline(
+        return diffusers().StableDiffusionPipeline(
             unet=unet(),
             vae=vae,
             text_encoder=text_encoder(),
             tokenizer=transformers.CLIPTokenizer(vocab=WORDS, merges=[]),
-            scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+            scheduler=diffusers().DDIMScheduler(clip_sample=False, steps_offset=1),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -111,10 +115,11 @@ def tune(pipe, seed: int, rank: int = 2) -> None:
     torch.manual_seed(seed)
     ranks = {"to_k": rank + 1}
     only_unet = {"rank_pattern": ranks, "alpha_pattern": ranks, "exclude_modules": ".*mid_block.*"}
-    for name, options in (
-        ("unet", {"target_modules": UNET_TARGETS, **only_unet}),
-        ("text_encoder", {"target_modules": TEXT_TARGETS}),
-    ):
+    both: dict[str, dict[str, Any]] = {
+        "unet": {"target_modules": UNET_TARGETS, **only_unet},
+        "text_encoder": {"target_modules": TEXT_TARGETS},
+    }
+    for name, options in both.items():
         config = peft.LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False, **options)
         tuned = peft.get_peft_model(getattr(pipe, name), config)
         with torch.no_grad():
@@ -131,11 +136,9 @@ def save(pipe, folder: Path, **options) -> Path:
 
 
 def load(folder: Path):
-    from diffusers import StableDiffusionPipeline
-
     absent = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
     with quiet():
-        return StableDiffusionPipeline.from_pretrained(folder, **absent)
+        return diffusers().StableDiffusionPipeline.from_pretrained(folder, **absent)
 
 
 def fused(pipe, adapter: Path, file: str):

@@ -15,19 +15,18 @@ from jdetune.checkpoint.adapters import (
 from jdetune.checkpoint.diffusers_lora import WEIGHTS_NAME, read_diffusers, write_diffusers
 from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.kohya import read_kohya, write_kohya
-from jdetune.checkpoint.lora_files import save_component_card
+from jdetune.checkpoint.lora_files import ONLY, save_component_card
 from jdetune.checkpoint.single_file import is_original_layout
 from jdetune.checkpoint.slots import slots_of
 from jdetune.errors import InputError, OutputError
 
 FORMATS = ("auto", "peft", "kohya", "diffusers", "none")
-_LOW_RANK_ONLY = "a {} file holds low-rank updates of linear and convolutional modules only"
 #: Why a format leaves a tensor out.
 WHY_LEFT_OUT: Mapping[str, str] = {
     "peft": "PEFT holds weights of modules only, in the base's shapes",
-    "kohya": _LOW_RANK_ONLY.format("kohya"),
-    "diffusers": _LOW_RANK_ONLY.format("diffusers"),
-    "none": "--adapter_format=none",
+    "kohya": f"a kohya file holds {ONLY}",
+    "diffusers": f"a diffusers file holds {ONLY}",
+    "none": "no adapter was asked for",
 }
 
 
@@ -55,6 +54,13 @@ def choose_format(wanted: str, checkpoint: Checkpoint) -> str:
         raise OutputError(
             f"--adapter_format={wanted}: this format has no names for the modules of this kind of "
             f"model. Choose {', '.join(fit[:-1])} or {fit[-1]}."
+        )
+    names = _names(wanted, checkpoint)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise OutputError(
+            f"--adapter_format={wanted}: two tensors of {checkpoint.name} would be called "
+            f"{twice[0]} in it. Choose peft or none."
         )
     return wanted
 
@@ -144,7 +150,8 @@ def _write_components(
         key: tuple(f"{folder}{name}" for folder, files in written for name in getattr(files, key))
         for key in ("targets", "left_out", "saved")
     }
-    return AdapterFiles(path, **named)
+    reasons = {f"{folder}{n}": why for folder, files in written for n, why in files.reasons.items()}
+    return AdapterFiles(path, **named, reasons=reasons)
 
 
 def _has_names(form: str, checkpoint: Checkpoint) -> bool:
@@ -153,5 +160,14 @@ def _has_names(form: str, checkpoint: Checkpoint) -> bool:
         return True
     if form == "peft":
         return not is_original_layout(checkpoint)
+    return bool(_names(form, checkpoint))
+
+
+def _names(form: str, checkpoint: Checkpoint) -> list[str]:
+    """Names of a model's modules in kohya's and diffusers' files."""
+    if form not in ("kohya", "diffusers"):
+        return []
     slots = [slot for own in slots_of(checkpoint).values() for slot in own]
-    return any(slot.kohya if form == "kohya" else slot.module for slot in slots)
+    if form == "kohya":
+        return [slot.kohya for slot in slots if slot.kohya is not None]
+    return [f"{slot.component}.{slot.module}" for slot in slots if slot.module is not None]

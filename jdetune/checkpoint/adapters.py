@@ -53,12 +53,14 @@ class AdapterFiles:
       targets: tensors that carry factors.
       left_out: tensors with an update that PEFT cannot hold (not a module's ``weight``).
       saved: tensors kept whole, through ``modules_to_save``.
+      reasons: why each of them is left out.
     """
 
     path: Path
     targets: tuple[str, ...]
     left_out: tuple[str, ...]
     saved: tuple[str, ...]
+    reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write_adapter(

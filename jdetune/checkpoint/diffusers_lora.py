@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from jdetune.checkpoint import peft_layout as layout
 from jdetune.checkpoint.adapter_reader import Adapter, LoraUpdate
 from jdetune.checkpoint.adapters import RECOVERED_BASE, AdapterFiles, Factors
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
-from jdetune.checkpoint.lora_files import held_pieces, save_card
+from jdetune.checkpoint.lora_files import ONLY, held_pieces, save_card
 from jdetune.checkpoint.reader import read_tensor
 from jdetune.checkpoint.slots import joined, slots_of
+from jdetune.checkpoint.stream import open_tensors
 from jdetune.checkpoint.writer import save_safetensors
 from jdetune.errors import InputError
 
@@ -52,7 +52,8 @@ def write_diffusers(
     said = json.dumps(_config(ranks, checkpoint), indent=2, sort_keys=True)
     save_safetensors(path / WEIGHTS_NAME, tensors, {"format": "pt", _METADATA: said})
     save_card(path, WEIGHTS_NAME, held, checkpoint, base)
-    return AdapterFiles(path, tuple(held), left_out, ())
+    reasons = dict.fromkeys(left_out, f"a diffusers file holds {ONLY}")
+    return AdapterFiles(path, tuple(held), left_out, (), reasons)
 
 
 def read_diffusers(path: Path, base: Checkpoint) -> Adapter:
@@ -63,8 +64,7 @@ def read_diffusers(path: Path, base: Checkpoint) -> Adapter:
         than one.
     """
     checkpoint = open_checkpoint(path)
-    with safe_open(path, framework="np") as handle:
-        config = json.loads((handle.metadata() or {}).get(_METADATA, "{}"))
+    config = json.loads(open_tensors(path)[1].get(_METADATA, "{}"))
     for key, value in config.items():
         twin = key.replace("lora_alpha", "r").replace("alpha_pattern", "rank_pattern")
         if twin != key and config.get(twin) != value:

@@ -9,7 +9,7 @@ import numpy as np
 from jdetune.checkpoint.adapter_reader import Adapter, LoraUpdate
 from jdetune.checkpoint.adapters import RECOVERED_BASE, AdapterFiles, Factors
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
-from jdetune.checkpoint.lora_files import held_pieces, save_card
+from jdetune.checkpoint.lora_files import ONLY, held_pieces, save_card
 from jdetune.checkpoint.reader import read_tensor
 from jdetune.checkpoint.slots import Piece, is_sdxl, joined, slots_of
 from jdetune.checkpoint.writer import save_safetensors
@@ -52,7 +52,8 @@ def write_kohya(
     name = f"{path.name}.safetensors"
     save_safetensors(path / name, tensors, _metadata(path.name, held, checkpoint))
     save_card(path, name, held, checkpoint, base)
-    return AdapterFiles(path, tuple(held), left_out, ())
+    reasons = dict.fromkeys(left_out, f"a kohya file holds {ONLY}")
+    return AdapterFiles(path, tuple(held), left_out, (), reasons)
 
 
 def read_kohya(path: Path, base: Checkpoint) -> Adapter:

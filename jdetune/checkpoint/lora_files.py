@@ -12,6 +12,11 @@ from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.slots import Piece, Slot, pieces, slots_of
 from jdetune.checkpoint.writer import save_text
 
+#: What kohya's and diffusers' files hold.
+ONLY = (
+    "only low-rank updates of linear and convolutional modules of the denoiser and of CLIP text "
+    "encoders"
+)
 _CARD = """\
 ---
 library_name: diffusers
@@ -32,7 +37,7 @@ from diffusers import DiffusionPipeline{more}
 pipe.load_lora_weights("PATH/adapters/{name}", weight_name="{file}")
 ```
 
-{n_modules} modules, ranks {low} to {high}. The scale of LoRA cannot be known from merged weights,
+{n_modules} module(s), ranks {low} to {high}. The scale of LoRA cannot be known from merged weights,
 so alpha equals the rank in every module.{shared}
 """
 _COMPONENT_CARD = """\

@@ -126,17 +126,34 @@ def _component_names(path: Path, index: Mapping[str, object]) -> list[str]:
                 f"{path / name}: this component is named in {MODEL_INDEX} but missing. Download "
                 "the pipeline again, or set the component to [null, null]."
             )
+        _check_inside(path / name, path)
         names.append(name)
     return names
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(p.suffix in _WEIGHT_SUFFIXES for p in folder.iterdir())
+    """Whether a component is a model; one whose weights are in no known format is refused later."""
+    is_model = (folder / "config.json").is_file()
+    return is_model or any(p.suffix in _WEIGHT_SUFFIXES for p in folder.iterdir())
 
 
 def _side_files(folder: Path) -> list[str]:
     """Files of a component without weights: scheduler, tokenizer, feature extractor."""
-    return sorted(p.name for p in folder.iterdir() if p.suffix in _SIDE_SUFFIXES and p.is_file())
+    found = [p for p in folder.iterdir() if p.suffix in _SIDE_SUFFIXES and p.is_file()]
+    for path in found:
+        _check_inside(path, folder)
+    return sorted(path.name for path in found)
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    """Refuses links that lead out of a folder, but for those into the blobs of the hub's cache."""
+    real, root = path.resolve(), folder.resolve()
+    blobs = [p.parent / "blobs" for p in root.parents if p.name == "snapshots"]
+    if not any(real.is_relative_to(place) for place in (root, *blobs)):
+        raise InputError(
+            f"{path}: links to {real}, out of its folder. Copy it into the folder; do not use this "
+            "checkpoint if you do not trust it."
+        )
 
 
 def _in_component(name: str, info: TensorInfo) -> TensorInfo:

@@ -22,6 +22,8 @@ _OUTER = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
+_INPUT = re.compile(r"input_blocks\.(\d{1,4})\.(0\.op\.)?")
+_PLACE = re.compile(r"\d{1,4}")
 _MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 #: Parts of a text block, OpenCLIP to CLIP.
 _OPEN_CLIP = {
@@ -36,14 +38,14 @@ def original_depth(names: Iterable[str]) -> int:
 
     The first downsampler closes the first level; without one there is only one level.
     """
-    inputs = [n.split(".") for n in names if n.startswith("input_blocks.")]
-    downs = [int(parts[1]) for parts in inputs if parts[2:4] == ["0", "op"]]
-    return min(downs) - 1 if downs else max((int(parts[1]) for parts in inputs), default=0)
+    found = [match for match in map(_INPUT.match, names) if match]
+    downs = [int(match[1]) for match in found if match[2]]
+    return min(downs) - 1 if downs else max((int(match[1]) for match in found), default=0)
 
 
 def diffusers_depth(names: Iterable[str]) -> int:
     """Residual blocks per level, from names of diffusers' layout."""
-    found = (re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name) for name in names)
+    found = (re.match(r"down_blocks\.0\.resnets\.(\d{1,4})\.", name) for name in names)
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
@@ -64,6 +66,8 @@ def unet_to_diffusers(module: str, depth: int) -> str | None:
     if parts[0] == "middle_block" and len(parts) > 2 and parts[1] in _MIDDLE:
         return _block(f"mid_block.{_MIDDLE[parts[1]]}", parts[2:])
     if parts[0] not in ("input_blocks", "output_blocks") or len(parts) < 4 or depth < 1:
+        return None
+    if not _PLACE.fullmatch(parts[1]):
         return None
     place, inner, rest = int(parts[1]), parts[2], parts[3:]
     down = parts[0] == "input_blocks"
@@ -98,6 +102,8 @@ def unet_to_original(module: str, depth: int, attended: Iterable[str] = ()) -> s
             None if place is None else _original_block(f"middle_block.{place}", parts[1], parts[3:])
         )
     if parts[0] not in ("down_blocks", "up_blocks") or len(parts) < 5:
+        return None
+    if not (_PLACE.fullmatch(parts[1]) and _PLACE.fullmatch(parts[3])):
         return None
     down, block, kind, layer = parts[0] == "down_blocks", int(parts[1]), parts[2], int(parts[3])
     if kind == "downsamplers":

@@ -1,10 +1,11 @@
 """Single files: what their header says beside tensors, and the original Stable Diffusion layout."""
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from jdetune.checkpoint.index import Checkpoint
+from jdetune.errors import InputError
 
-#: Where the denoiser, and the VAE, lie in the original layout.
+#: Where the denoiser lies in the original layout.
 DENOISER = "model.diffusion_model."
 #: Words that the name of the block stack of a transformer denoiser starts with.
 _TRANSFORMERS = ("double_blocks.", "single_blocks.", "joint_blocks.")
@@ -30,10 +31,16 @@ def kept_metadata(template: Checkpoint) -> dict[str, str] | None:
 
     Returns:
       The header's text without hashes of weights where the model is a single file, None otherwise.
+
+    Raises:
+      InputError: the file is no longer there or damaged.
     """
     if not template.path.is_file():
         return None
-    with safe_open(template.path, framework="np") as handle:
-        found = handle.metadata() or {}
+    try:
+        with safe_open(template.path, framework="np") as handle:
+            found = handle.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{template.path}: cannot be read ({error}). Copy it again.") from error
     kept = {k: v for k, v in found.items() if not any(word in k.lower() for word in _HASHES)}
     return {"format": "pt"} | kept

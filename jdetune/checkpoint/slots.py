@@ -147,13 +147,12 @@ def _component_slots(
         return {n: (Slot("unet", m, kohya.get(m)),) for n, m in modules.items()}
     if component in ("transformer", "transformer_2", "unet_2"):
         return {n: (Slot(component, m, None),) for n, m in modules.items()}
-    if not component.startswith("text_encoder"):
-        return {}
     prefix = {"text_encoder": "lora_te1" if several else "lora_te", "text_encoder_2": "lora_te2"}
     clip = view.config.get("model_type", "clip_text_model") == "clip_text_model"
-    named = prefix.get(component) if clip else None
-    paths = {n: sd_names.clip_module(m) if clip else m for n, m in modules.items()}
-    return {n: (Slot(component, m, named and _kohya(named, m)),) for n, m in paths.items()}
+    if component not in prefix or not clip:
+        return {}
+    paths = {n: sd_names.clip_module(m) for n, m in modules.items()}
+    return {n: (Slot(component, m, _kohya(prefix[component], m)),) for n, m in paths.items()}
 
 
 def _kohya_unet(view: Checkpoint, modules: Any) -> dict[str, str]:

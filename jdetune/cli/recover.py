@@ -164,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
 
 def render(report: dict[str, Any], out: str) -> str:
     """The report for people."""
-    summary = report["summary"]
+    summary, form = report["summary"], report.get("adapter_format", "peft")
     solved = [t for t in report["tensors"] if t["code"] is not None]
     n_models = len(_solved_inputs(report))
     good = sum(t["code"] == "OK" for t in solved)
@@ -183,14 +183,15 @@ def render(report: dict[str, Any], out: str) -> str:
             "",
             f"base      {out}/base",
         ]
-        if report["adapter_format"] != "none":
+        if form != "none":
             names = ", ".join(_adapter_names(report))
-            lines.append(f"adapters  {out}/adapters/{{{names}}} ({report['adapter_format']})")
+            lines.append(f"adapters  {out}/adapters/{{{names}}} ({form})")
     else:
         lines += ["", "no base was written"]
     lines += [f"report    {out}/report.json"]
     if summary["base_written"]:
-        lines += ["", f"next: jdetune verify {out}"]
+        needs = " --reference=BASE" if form == "none" else ""
+        lines += ["", f"next: jdetune verify {out}{needs}"]
     return "\n".join(lines)
 
 

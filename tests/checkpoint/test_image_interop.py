@@ -13,7 +13,7 @@ from jdetune.verification import verify
 from tests import original_layout, pico
 from tests import tiny_diffusion as tiny
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 pytestmark = pytest.mark.interop
 
@@ -102,8 +102,6 @@ def test_peft_has_a_folder_for_every_component(folders, tmp_path):
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
 def test_single_files_in_and_out(singles, folders, tmp_path, form):
-    import diffusers
-
     truth, models = singles
     report = run(truth, models, tmp_path / "out", form if form == "diffusers" else "auto")
     assert report["adapter_format"] == form
@@ -216,7 +214,6 @@ def test_names_of_the_original_layout_are_what_diffusers_converts(sdxl):
 
 
 def sdxl_pipeline():
-    import diffusers
     import transformers
 
     first, second = tiny.text_encoder(), tiny.text_encoder(projected=True)
@@ -279,8 +276,6 @@ def test_kohya_names_of_sdxl(tmp_path, single):
 
 
 def test_shards_variants_and_a_bare_unet(folders, tmp_path):
-    import diffusers
-
     models = []
     for path in folders[1]:
         folder = tmp_path / path.name

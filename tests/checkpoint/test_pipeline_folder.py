@@ -97,7 +97,7 @@ def test_peft_keeps_whole_what_differs_and_names_its_base(tmp_path):
     assert verify(tmp_path / "peft")["failures"] == []
     report = run(truth, models, tmp_path / "kohya", adapter_format="kohya")
     entry = next(t for t in report["tensors"] if t["name"] == "unet/conv_in.bias")
-    assert "a kohya file holds low-rank updates of linear and convolutional" in entry["reason"]
+    assert "a kohya file holds only low-rank updates of linear and convolutional" in entry["reason"]
     assert verify(tmp_path / "kohya")["failures"][0].startswith("tune-0: unet/conv_in.bias")
 
 
@@ -150,4 +150,32 @@ def test_pipelines_that_cannot_be_read(tmp_path):
         open_checkpoint(root)
     index.write_text(json.dumps({"scheduler": ["x", "Y"]}))
     with pytest.raises(InputError, match="no component with weights"):
+        open_checkpoint(root)
+
+
+def test_links_that_lead_out_are_refused_but_for_the_hubs_cache(tmp_path):
+    cache = tmp_path / "models--a--b"
+    root = pico_pipeline.write(cache / "snapshots" / "123", pico_pipeline.base())
+    vocabulary = root / "tokenizer" / "vocab.json"
+    (cache / "blobs").mkdir()
+    vocabulary.rename(cache / "blobs" / "abc")
+    vocabulary.symlink_to(cache / "blobs" / "abc")
+    assert "tokenizer/vocab.json" in open_checkpoint(root).side_files
+    vocabulary.unlink()
+    (tmp_path / "secret.json").write_text("{}")
+    vocabulary.symlink_to(tmp_path / "secret.json")
+    with pytest.raises(InputError, match=r"vocab.json: links to .*secret.json, out of its folder"):
+        open_checkpoint(root)
+    vocabulary.unlink()
+    (root / "scheduler").rename(tmp_path / "elsewhere")
+    (root / "scheduler").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"scheduler: links to .*elsewhere, out of its folder"):
+        open_checkpoint(root)
+
+
+def test_a_model_in_an_unknown_format_is_not_passed_over(tmp_path):
+    root = pico_pipeline.write(tmp_path / "a", pico_pipeline.base())
+    weights = root / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(root / "unet" / "diffusion_flax_model.msgpack")
+    with pytest.raises(InputError, match=r"unet: no safetensors weights in it"):
         open_checkpoint(root)
