@@ -60,6 +60,7 @@ def plan_models(
     processes: Processes = ALONE,
 ) -> Plan:
     """Compares the models; raises InputError where fewer than three distinct ones are left."""
+    choose_format(options.adapter_format, checkpoints[0])  # a dry run refuses what a run refuses
     wanted = select(options.include, options.exclude)
     step = None if progress is None else lambda done, total: progress("compare", done, total)
     plan = make_plan(checkpoints, wanted, step, processes, group_bytes(options))

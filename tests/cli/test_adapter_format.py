@@ -105,6 +105,8 @@ def test_plain_models_keep_peft(tmp_path, capsys, solved):
     assert code == 2
     assert "no names for the modules of this kind of model. Choose peft or none." in err
     assert not out.exists()
+    flags = ["--dry_run", "--adapter_format=kohya"]
+    assert call(capsys, "recover", *family.paths, *flags)[0] == 2
     assert call(capsys, "recover", *family.paths, f"--out={out}")[0] == 0
     assert set(load_adapter(out / "adapters" / "tune-0")) == set(family.factors[0])
 
