@@ -84,8 +84,8 @@ def component_view(checkpoint: Checkpoint, component: str) -> Checkpoint:
     root = checkpoint.root / component
     own = {n.removeprefix(folder): i for n, i in checkpoint.tensors.items() if n.startswith(folder)}
     config = root / "config.json"
-    return Checkpoint(
-        name=checkpoint.name,
+    return dataclasses.replace(
+        checkpoint,
         root=root,
         tensors={
             n: dataclasses.replace(i, name=n, file=i.file.removeprefix(folder), key=None)
