@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdetune import outfolder, report
+from jdetune.checkpoint.adapter_formats import choose_format, write_as
 from jdetune.checkpoint.adapter_reader import merge_peft
-from jdetune.checkpoint.adapters import AdapterFiles, write_adapter
+from jdetune.checkpoint.adapters import AdapterFiles
 from jdetune.checkpoint.aliases import align_names
 from jdetune.checkpoint.compare import is_common
 from jdetune.checkpoint.index import FLOATS, Checkpoint, open_checkpoint
@@ -59,11 +60,13 @@ class Options:
       rank: None to find the ranks; an integer to keep as many; a share below 1 of the energy.
       overwrite: replace a former output.
       command: what to name in the report as the command.
+      adapter_format: one of ``jdetune.checkpoint.adapter_formats.FORMATS``.
     """
 
     rank: int | float | None = None
     overwrite: bool = False
     command: str = "jdetune.extraction.run"
+    adapter_format: str = "auto"
 
 
 def run(
@@ -106,6 +109,7 @@ def run(
                 f"{model.path}: no tensor in common with {known.path} by name and shape, so it is "
                 "no fine-tune of this base. Give the base that it was merged from."
             )
+    form = choose_format(options.adapter_format, known)
     stage = outfolder.start_stage(out, overwrite=options.overwrite)
     total = sum(len(_names(known, model)) for model in checkpoints)
     found, written, done = [], [], 0
@@ -119,8 +123,8 @@ def run(
         outcomes = judge_heads(outcomes, known)
         code = exit_code(outcomes)
         if code in (0, 5):
-            outcomes = _write(stage / "adapters" / model.name, known, model, outcomes)
-            written.append(model.name)
+            outcomes = _write(form, stage / "adapters" / model.name, known, model, outcomes)
+            written += [model.name] if form != "none" else []
             code = exit_code(outcomes)
         found.append((model, outcomes, code))
     solved = any(o.code is not None for _, outcomes, _ in found for o in outcomes)
@@ -135,6 +139,7 @@ def run(
         "kind": "extract",
         "notes": notes,
         "base_path": str(known.path.resolve()),
+        "adapter_format": form,
         "inputs": [input_entry(m, o, c, m.name in written) for m, o, c in found],
         "summary": summary([o for _, o, _ in found], [c for *_, c in found]),
         "tensors": [
@@ -241,17 +246,17 @@ def _solve(name: str, before: np.ndarray, after: np.ndarray, rank: int | float |
 
 
 def _write(
-    folder: Path, base: Checkpoint, model: Checkpoint, outcomes: Sequence[Outcome]
+    form: str, folder: Path, base: Checkpoint, model: Checkpoint, outcomes: Sequence[Outcome]
 ) -> list[Outcome]:
     """Writes one model's adapter; outcomes then say where every tensor went."""
     factors = {o.name: o.factors for o in outcomes if o.factors is not None}
     factors |= {unit: pair for o in outcomes for unit, pair in o.slices.items()}
     whole = tuple(o.name for o in outcomes if o.status in ("kept_whole", "not_low_rank"))
-    files = write_adapter(folder, factors, model, whole, str(base.path.resolve()))
-    return [_placed(outcome, files) for outcome in outcomes]
+    files = write_as(form, folder, factors, model, whole, str(base.path.resolve()))
+    return [_placed(outcome, files, form) for outcome in outcomes]
 
 
-def _placed(outcome: Outcome, files: AdapterFiles) -> Outcome:
+def _placed(outcome: Outcome, files: AdapterFiles, form: str) -> Outcome:
     if outcome.name in files.left_out:
         reason = f"an adapter leaves it out: {files.reasons.get(outcome.name, BARE)}"
         return dataclasses.replace(outcome, status="failed", reason=reason)

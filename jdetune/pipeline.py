@@ -11,6 +11,7 @@ import numpy as np
 
 from jdetune import outfolder, report
 from jdetune.busy import WRITE, Busy
+from jdetune.checkpoint.adapter_formats import choose_format
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
 from jdetune.checkpoint.manifest import Plan, make_plan, select
 from jdetune.checkpoint.sidefiles import code_left_out
@@ -67,6 +68,7 @@ def plan_models(
     processes: Processes = ALONE,
 ) -> Plan:
     """Compares the models; raises InputError where fewer than three distinct ones are left."""
+    choose_format(options.adapter_format, checkpoints[0])  # a dry run refuses what a run refuses
     wanted = select(options.include, options.exclude)
     step = None if progress is None else lambda done, total: progress("compare", done, total)
     plan = make_plan(checkpoints, wanted, step, processes, group_bytes(options))
@@ -118,6 +120,7 @@ def _run(
 ) -> dict[str, Any]:
     started, clock = datetime.datetime.now(datetime.UTC), _Clock()
     checkpoints = open_models(models, options.trust_remote_code)
+    form = choose_format(options.adapter_format, checkpoints[0])
     placed = processes.exchange(processes.first and outfolder.finish_placing(out))[0]
     if placed:  # all but that was done when the former run was killed
         done = report.read_report(out)
@@ -137,7 +140,7 @@ def _run(
     clock.lap("recover")
     base, left_out = None, {}
     with checkpoints[0].busy.doing(WRITE):
-        written = write_products(plan, results, stage, options.masks, progress, processes)
+        written = write_products(plan, results, stage, options.masks, progress, processes, form)
     if written is not None:
         dtypes = sorted({r.base_dtype for r in results if r.code is not None and r.base_dtype})
         said = ", ".join(dtypes) or None
@@ -158,8 +161,9 @@ def _run(
         | report.overlap(checkpoints[0].busy, clock.total),
         "inputs": _input_entries(checkpoints, plan, results),
         "base": base,
+        "adapter_format": form,
         "summary": report.summary(results, base is not None),
-        "warnings": [*repairs, *_warnings(plan, base is not None)],
+        "warnings": [*repairs, *_warnings(plan, base is not None, left_out)],
         "tensors": [_tensor_entry(plan, result) for result in results],
     }
     processes.exchange("written")
@@ -175,7 +179,7 @@ def _state(plan: Plan, options: Options) -> dict[str, Any]:
     """What the results depend on: an interrupted run goes on only where all of it is the same."""
     import jax
 
-    kept = ("include", "exclude", "masks", "max_memory", "trust_remote_code")
+    kept = ("include", "exclude", "masks", "max_memory", "adapter_format", "trust_remote_code")
     return {
         "models": {"names": [c.name for c in plan.checkpoints], "content": plan.fingerprint},
         "flags": {"solver": repr(options.solver), **{k: getattr(options, k) for k in kept}},
@@ -252,7 +256,7 @@ def _tensor_entry(plan: Plan, result: TensorResult) -> dict[str, Any]:
     return {**report.tensor_entry(result), "left_out": names}
 
 
-def _warnings(plan: Plan, written: bool) -> list[str]:
+def _warnings(plan: Plan, written: bool, left_out: Mapping[str, str]) -> list[str]:
     twins = [
         f"{name} equals {twin} in every tensor and was dropped" for name, twin in plan.duplicates
     ]
@@ -271,9 +275,10 @@ def _warnings(plan: Plan, written: bool) -> list[str]:
             "Add --trust_remote_code if you trust where the models are from"
         )
     if voted and written:
+        own = "leave theirs out" if any(t.name in left_out for t in voted) else "keep their own"
         lines.append(
             f"{len(voted)} tensor(s), e.g. {voted[0].name}, are the majority's copy: "
-            f"{voted[0].reason}, whose adapters keep their own"
+            f"{voted[0].reason}, whose adapters {own}"
         )
     if missing and written:
         lines.append(

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from jdetune.checkpoint.adapters import write_adapter
+from jdetune.checkpoint.adapter_formats import write_as
 from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.manifest import Plan
+from jdetune.checkpoint.pipeline_folder import home_file, is_pipeline
 from jdetune.checkpoint.placement import BARE
 from jdetune.checkpoint.reader import deferred, numpy_dtype, raw_bytes, read_tensor
 from jdetune.checkpoint.shapes import units
@@ -33,6 +34,7 @@ def write_products(
     masks: bool = False,
     progress: Progress | None = None,
     processes: Processes = ALONE,
+    adapter_format: str = "peft",
 ) -> tuple[int, dict[str, str]] | None:
     """Writes base, adapters and masks into a folder; nothing if no differing matrix has a base.
 
@@ -43,6 +45,7 @@ def write_products(
       masks: also which elements of the base are certain.
       progress: told of every file.
       processes: who writes along; index and side files are the first one's.
+      adapter_format: what ``choose_format`` returned.
 
     Returns:
       Number of the base's parameters, and tensors that an adapter leaves out with the reason; None
@@ -68,7 +71,7 @@ def write_products(
         if isinstance(file, str):
             shards.append(save_shard(template, stage / "base", file, get_tensor))
         else:
-            left_out |= _write_adapter(plan, file, results, stage)
+            left_out |= _write_adapter(plan, file, results, stage, adapter_format)
         if progress is not None:
             progress("write", done + 1, len(mine))
     if masks and processes.index == processes.count - 1:
@@ -113,7 +116,7 @@ def _whole(
 
 
 def _write_adapter(
-    plan: Plan, model: int, results: Sequence[TensorResult], stage: Path
+    plan: Plan, model: int, results: Sequence[TensorResult], stage: Path, adapter_format: str
 ) -> dict[str, str]:
     """Writes one model's adapter; returns the tensors that it cannot hold, with the reason."""
     checkpoint = plan.checkpoints[model]
@@ -125,7 +128,7 @@ def _write_adapter(
     own, unfit = _own_copies(plan, checkpoint)
     whole = per_model + own + left_out_of(results, model) + resized(checkpoint) + heads
     folder = stage / "adapters" / checkpoint.name
-    written = write_adapter(folder, found, checkpoint, whole)
+    written = write_as(adapter_format, folder, found, checkpoint, whole)
     return {**written.reasons, **dict.fromkeys(unfit, BARE)}
 
 
@@ -187,9 +190,14 @@ def _full_template(plan: Plan, sources: Mapping[str, int | None]) -> Checkpoint:
         for name, info in template.tensors.items()
         if name not in plan.ties or not is_alias(template, name, plan.ties[name][0])
     }
-    extra = {
-        name: dataclasses.replace(plan.checkpoints[s].tensors[name], file=template.files[-1])
+    others = {
+        name: plan.checkpoints[s].tensors[name]
         for name, s in sources.items()
         if s is not None and name not in template.tensors
     }
-    return dataclasses.replace(template, tensors={**own, **extra})
+    extra = {}
+    for name, info in others.items():
+        key = name.partition("/")[2] if is_pipeline(template) else None
+        extra[name] = dataclasses.replace(info, file=home_file(template, info), key=key)
+    files = tuple(dict.fromkeys([*template.files, *(i.file for i in extra.values())]))
+    return dataclasses.replace(template, tensors={**own, **extra}, files=files)

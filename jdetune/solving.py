@@ -49,6 +49,7 @@ class Options:
         single layer needs; a share of what is free if None.
       trust_remote_code: also copy Python files, and config that makes transformers run them.
       command: what to name in the report as the command.
+      adapter_format: one of ``jdetune.checkpoint.adapter_formats.FORMATS``.
     """
 
     solver: Any = None
@@ -59,6 +60,7 @@ class Options:
     max_memory: int | None = None
     trust_remote_code: bool = False
     command: str = "jdetune.pipeline.run"
+    adapter_format: str = "auto"
 
 
 def group_bytes(options: Options) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from jdetune import metrics
-from jdetune.checkpoint.adapter_reader import Adapter, LoraUpdate, merge_peft, read_adapter
+from jdetune.checkpoint.adapter_formats import read_as
+from jdetune.checkpoint.adapter_reader import Adapter, LoraUpdate, merge_peft
 from jdetune.checkpoint.aliases import align_names
 from jdetune.checkpoint.alignment import align
 from jdetune.checkpoint.index import FLOATS, Checkpoint, TensorInfo, open_checkpoint
@@ -78,7 +79,7 @@ def verify(
             result["failures"].append("no recovered matrix was compared with the reference")
     result["models"] = []
     for done, (name, path) in enumerate(merged.items()):
-        adapter = read_adapter(out / "adapters" / name, base)
+        adapter = read_as(out / "adapters" / name, base)
         _, model = align_names([base, open_checkpoint(path)])[0]
         entry = {"name": name, **remerge(base, adapter, model, passed_over)}
         result["models"].append(entry)
@@ -278,6 +279,13 @@ def _find_models(
         for entry in report["inputs"]
         if entry["duplicate_of"] is None and entry.get("left_out") is None
     ]
+    if report.get("adapter_format") == "none":
+        if not optional:
+            raise InputError(
+                "the recovery wrote no adapters (--adapter_format=none), so no model can be merged "
+                "again. Give --reference."
+            )
+        return {}
     if given is not None:
         if len(given) != len(entries):
             names = ", ".join(entry["name"] for entry in entries)

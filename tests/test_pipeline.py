@@ -157,7 +157,7 @@ def test_a_crash_leaves_the_stage_and_no_base(tmp_path, monkeypatch):
     def crash(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(products, "write_adapter", crash)
+    monkeypatch.setattr(products, "write_as", crash)
     with pytest.raises(OSError, match="disk full"):
         run(family, tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".jdetune"]

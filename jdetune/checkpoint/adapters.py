@@ -54,7 +54,7 @@ _TIED = """
 
 The head is tied to the embedding, which has factors: call `model.merge_and_unload()` before use,
 since PEFT applies them to the head only when they are merged."""
-_RECOVERED_BASE = "../../base"
+RECOVERED_BASE = "../../base"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def write_adapter(
     factors: Factors,
     checkpoint: Checkpoint,
     per_model: tuple[str, ...] = (),
-    base: str = _RECOVERED_BASE,
+    base: str = RECOVERED_BASE,
 ) -> AdapterFiles:
     """Writes one model's adapter.
 
@@ -185,7 +185,7 @@ def _card(
         "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     }.get(layout.task_type(config) or "", "AutoModel")
     values = list(ranks.values()) or [0]
-    recovered = base == _RECOVERED_BASE
+    recovered = base == RECOVERED_BASE
     return _CARD.format(
         base=base,
         name=name,

@@ -16,6 +16,7 @@ from jdetune.checkpoint import sidefiles
 from jdetune.checkpoint.files import Stamp, check_inside, check_regular, read_whole, unreadable
 from jdetune.checkpoint.header import DTYPES, read_header
 from jdetune.checkpoint.strict_json import MAX_BYTES, parse_object
+from jdetune.checkpoint.weight_names import weight_names
 from jdetune.errors import InputError, printable
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -110,7 +111,8 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
     """Reads the headers of a checkpoint.
 
     Args:
-      path: a Hugging Face directory or a ``.safetensors`` file.
+      path: a Hugging Face directory (of transformers or diffusers, also a pipeline's) or a
+        ``.safetensors`` file.
       trust_remote_code: also copy Python files, and config that makes transformers run them.
 
     Returns:
@@ -141,6 +143,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open_folder(path: Path, trusted: bool) -> Checkpoint:
+    if (path / "model_index.json").is_file():
+        from jdetune.checkpoint.pipeline_folder import open_pipeline
+
+        return open_pipeline(path, trusted)
     config = _read_config(path)
     files, weight_map = _find_shards(path)
     for name in files:
@@ -208,10 +214,11 @@ def _read_config(root: Path) -> dict[str, Any]:
 
 def _find_shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
     """Shard names in order, and the index's map where there is one."""
-    if (root / SINGLE_NAME).exists():
-        return (SINGLE_NAME,), None
-    if (root / INDEX_NAME).exists():
-        return _read_index(root)
+    single, index = weight_names(root)
+    if (root / single).exists():
+        return (single,), None
+    if (root / index).exists():
+        return _read_index(root, index)
     names = sorted(p.name for p in root.iterdir() if p.suffix == ".safetensors")
     weights = [name for name in names if not name.startswith("adapter_")]
     if len(weights) > 1:  # other formats' copies of the same weights
@@ -237,8 +244,8 @@ def _find_shards(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
     )
 
 
-def _read_index(root: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    path = root / INDEX_NAME
+def _read_index(root: Path, index: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    path = root / index
     check_inside(path, root)
     weight_map = parse_object(read_whole(path, MAX_BYTES), path, constants=False).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -254,7 +261,7 @@ def _read_index(root: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     for name in files:
         if not os.path.lexists(root / name):
             raise InputError(
-                f"{root / name}: this shard is named in {INDEX_NAME} but missing. Download the "
+                f"{root / name}: this shard is named in {index} but missing. Download the "
                 "checkpoint again."
             )
     return files, weight_map
@@ -290,7 +297,7 @@ def _read_header(path: Path) -> list[TensorInfo]:
 def _check_index(
     root: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]
 ) -> None:
-    path = root / INDEX_NAME
+    path = root / weight_names(root)[1]
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
             raise InputError(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jdetune.checkpoint.adapters import AdapterFiles, write_adapter
+from jdetune.checkpoint.adapter_formats import choose_format, write_as
+from jdetune.checkpoint.adapters import AdapterFiles
 from jdetune.checkpoint.alignment import align
 from jdetune.checkpoint.compare import is_common
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
@@ -92,23 +93,27 @@ def save_adapters(
     template: str | Path,
     out: str | Path,
     names: Sequence[str] | None = None,
+    adapter_format: str = "auto",
 ) -> list[AdapterFiles]:
-    """Writes every model's update as a PEFT adapter folder.
+    """Writes every model's update as an adapter folder.
 
     Args:
       recovery: what ``recover`` returned for a mapping of names.
       template: the first of the merged models; gives module names and config.
       out: folder that gets one folder a model.
       names: the models' folder names; ``model-1``, ``model-2``, ... if left out.
+      adapter_format: ``peft``, ``kohya``, ``diffusers``, or ``auto`` by the kind of model.
 
     Returns:
       What was written, a model each.
 
     Raises:
+      OutputError: the format has no names for this kind of model.
       ValueError: too many or too few names, one that is no plain folder name, or one given twice
         (also in other case: some disks cannot tell them apart).
     """
     checkpoint = open_checkpoint(template)
+    form = choose_format(adapter_format, checkpoint)
     usable = {n: r for n, r in recovery.items() if Status(int(r.status)).has_base}
     n_models = max((np.size(r.ranks) for r in recovery.values()), default=0)
     if names is None:
@@ -121,7 +126,7 @@ def save_adapters(
     if len({name.casefold() for name in names}) < len(names):
         raise ValueError(f"names must be unique, also without regard to case; got {list(names)}")
     return [
-        write_adapter(Path(out) / name, factors_of(usable, i), checkpoint)
+        write_as(form, Path(out) / name, factors_of(usable, i), checkpoint)
         for i, name in enumerate(names)
     ]
 

@@ -9,14 +9,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jdetune.checkpoint import sidefiles
-from jdetune.checkpoint.index import INDEX_NAME, SINGLE_NAME, Checkpoint
+from jdetune.checkpoint.index import Checkpoint
+from jdetune.checkpoint.single_file import kept_metadata
 from jdetune.checkpoint.stream import Arrays, write_tensors
+from jdetune.checkpoint.weight_names import index_name, written_name
 from jdetune.deferred import Deferred
 from jdetune.errors import WriteError
 
@@ -68,8 +70,8 @@ class Shard(NamedTuple):
     """What one file of a checkpoint holds.
 
     Attributes:
-      file: its name.
-      names: its tensors.
+      file: its name, with its folder in a pipeline.
+      names: its tensors, as they are called in it.
       n_bytes: their size.
       n_parameters: their elements.
     """
@@ -96,12 +98,14 @@ def save_like(template: Checkpoint, out: str | Path, get_tensor: GetTensor) -> i
 
 
 def save_shard(template: Checkpoint, out: str | Path, file: str, get_tensor: GetTensor) -> Shard:
-    """Writes one file of ``save_like``; a single file is always called model.safetensors."""
-    target = file if len(template.files) > 1 else SINGLE_NAME
-    wanted = [name for name, info in template.tensors.items() if info.file == file]
-    arrays = {name: get_tensor(name) for name in wanted}
-    kept = {name: array for name, array in arrays.items() if array is not None}
-    save_safetensors(Path(out) / target, kept)
+    """Writes one file of ``save_like``, under the name that loaders look for."""
+    target = written_name(file, template.files)
+    wanted = [
+        (name, info.stored_name) for name, info in template.tensors.items() if info.file == file
+    ]
+    arrays = {key: get_tensor(name) for name, key in wanted}
+    kept = {key: array for key, array in arrays.items() if array is not None}
+    save_safetensors(Path(out) / target, kept, kept_metadata(template))
     sizes = [math.prod(array.shape) for array in kept.values()]
     n_bytes = sum(n * a.dtype.itemsize for n, a in zip(sizes, kept.values(), strict=True))
     return Shard(target, tuple(kept), n_bytes, sum(sizes))
@@ -120,16 +124,22 @@ def finish_shards(template: Checkpoint, out: str | Path, shards: Sequence[Shard]
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    n_parameters = sum(shard.n_parameters for shard in shards)
-    if len(shards) > 1:
-        n_bytes = sum(shard.n_bytes for shard in shards)
-        metadata = {"total_parameters": n_parameters, "total_size": n_bytes}
-        weight_map = {name: shard.file for shard in shards for name in shard.names}
-        save_json(
-            out / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map}, sort_keys=True
-        )
+    for folder in dict.fromkeys(PurePosixPath(shard.file).parent for shard in shards):
+        parts = [shard for shard in shards if PurePosixPath(shard.file).parent == folder]
+        if len(parts) > 1:
+            _save_index(out / folder / index_name(parts[0].file), parts)
     copy_side_files(template, out)
-    return n_parameters
+    return sum(shard.n_parameters for shard in shards)
+
+
+def _save_index(path: Path, shards: Sequence[Shard]) -> None:
+    """Which file of a folder holds which tensor."""
+    metadata = {
+        "total_parameters": sum(shard.n_parameters for shard in shards),
+        "total_size": sum(shard.n_bytes for shard in shards),
+    }
+    weight_map = {n: PurePosixPath(shard.file).name for shard in shards for n in shard.names}
+    save_json(path, {"metadata": metadata, "weight_map": weight_map}, sort_keys=True)
 
 
 def copy_side_files(template: Checkpoint, out: str | Path) -> None:

@@ -149,6 +149,19 @@ def write_json(value: Mapping[str, Any]) -> None:
     write_out(json.dumps(value, indent=2, allow_nan=False))  # in ASCII: right for every terminal
 
 
+def add_adapter_format(command: Command) -> None:
+    """Defines ``--adapter_format``."""
+    from jdetune.checkpoint.adapter_formats import FORMATS
+
+    command.choice(
+        "adapter_format",
+        "auto",
+        FORMATS,
+        "How adapters are written; auto: diffusers' for its pipelines and models, kohya's for "
+        "single Stable Diffusion files, PEFT's for the rest.",
+    )
+
+
 def add_process_flags(command: Command) -> None:
     """Defines how several processes find each other."""
     command.string(

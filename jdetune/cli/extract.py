@@ -31,6 +31,7 @@ def make_command() -> Command:
     command.string("base", None, "Folder or .safetensors file of the base.")
     command.string("out", None, "Folder to write: adapters/, report.json.")
     command.boolean("overwrite", False, "Replace a former output of jdetune in --out.")
+    common.add_adapter_format(command)
     command.string(
         "rank",
         "auto",
@@ -56,7 +57,9 @@ def main(argv: Sequence[str]) -> int:
     common.set_platform(command["platform"])
     from jdetune import extraction
 
-    options = extraction.Options(rank, command["overwrite"], command.command_line(argv))
+    options = extraction.Options(
+        rank, command["overwrite"], command.command_line(argv), command["adapter_format"]
+    )
     with common.progress_bar(command["quiet"]) as progress:
         value = extraction.run(command["base"], models, command["out"], options, progress)
     if command["json"]:

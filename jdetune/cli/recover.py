@@ -38,6 +38,7 @@ def make_command() -> Command:
     )
     command.string("include", None, "Recover only matrices whose name matches this regex.")
     command.string("exclude", None, "Leave out matrices whose name matches this regex.")
+    common.add_adapter_format(command)
     add_solver_flags(command)
     command.string(
         "max_memory",
@@ -147,6 +148,7 @@ def main(argv: Sequence[str]) -> int:
         trust_remote_code=command["trust_remote_code"],
         max_memory=common.parse_size(command["max_memory"], "--max_memory"),
         command=command.command_line(argv),
+        adapter_format=command["adapter_format"],
     )
     with common.progress_bar(command["quiet"] or not processes.first) as progress:
         if command["dry_run"]:
@@ -169,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
 
 def render(report: dict[str, Any], out: str) -> str:
     """The report for people."""
-    summary = report["summary"]
+    summary, form = report["summary"], report.get("adapter_format", "peft")
     solved = [t for t in report["tensors"] if t["code"] is not None]
     n_models = len(_solved_inputs(report))
     good = sum(t["code"] == "OK" for t in solved)
@@ -187,13 +189,16 @@ def render(report: dict[str, Any], out: str) -> str:
         lines += [
             "",
             f"base      {out}/base",
-            f"adapters  {out}/adapters/{{{', '.join(_adapter_names(report))}}}",
         ]
+        if form != "none":
+            names = ", ".join(_adapter_names(report))
+            lines.append(f"adapters  {out}/adapters/{{{names}}} ({form})")
     else:
         lines += ["", "no base was written"]
     lines += [f"report    {out}/report.json", f"page      {out}/report.html"]
     if summary["base_written"]:
-        lines += ["", f"next: jdetune verify {out}"]
+        needs = " --reference=BASE" if form == "none" else ""
+        lines += ["", f"next: jdetune verify {out}{needs}"]
     return "\n".join(lines)
 
 

@@ -71,3 +71,16 @@ def test_unsafe_or_double_adapter_names_are_refused(tmp_path, bad):
     with pytest.raises(ValueError, match="plain folder name|unique"):
         save_adapters(recovery, family.paths[0], tmp_path / "x", ["a", bad, "c"])
     assert not (tmp_path / "x").exists()
+
+
+def test_adapters_in_another_format(tmp_path):
+    from tests import pico_pipeline
+
+    truth, paths = pico_pipeline.family(tmp_path)
+    stack = load_stack(paths)
+    recovery = pico.truth_teller(truth)(stack)
+    files = save_adapters(recovery, paths[0], tmp_path / "out", adapter_format="kohya")
+    assert [set(f.targets) for f in files] == [
+        {*pico_pipeline.TUNED, f"text_encoder/{pico_pipeline.OUTPUT}"}
+    ] * 3
+    assert (tmp_path / "out" / "model-2" / "model-2.safetensors").exists()
