@@ -125,7 +125,7 @@ KEY = "base_model.model.encoder.layer.0.query.lora_"
         ({KEY + "magnitude_vector": np.ones(48, np.float32)}, "not understood"),
         ({KEY + "B.bias": np.ones(48, np.float32)}, "not understood"),
         ({KEY + "A.weight": None}, "only one of its factors"),
-        ({KEY + "A.weight": np.ones((2, 3, 1, 1), np.float32)}, "convolutions"),
+        ({KEY + "A.weight": np.ones((2, 3, 1, 1), np.float32)}, "not [rank, in]"),
         ({KEY + "A.weight": np.ones((2, 9), np.float32)}, "Give the adapter's own base"),
         ({"base_model.model.classifier.weight": np.ones((9, 32), np.float32)}, "own base"),
         ({"base_model.model.head.lora_A.weight": np.ones((2, 3), np.float32)}, "only one"),
