@@ -118,7 +118,7 @@ def run(
             version=version(),
         ),
         "kind": "extract",
-        "base_path": str(known.path.resolve()),
+        "base_path": report.source_text(report.source_entry(known)),
         "inputs": [input_entry(m, o, c, m.name in written) for m, o, c in found],
         "summary": summary([o for _, o, _ in found], [c for *_, c in found]),
         "tensors": [
@@ -189,7 +189,7 @@ def _write(
     """Writes one model's adapter; outcomes then say where every tensor went."""
     factors = {o.name: o.factors for o in outcomes if o.factors is not None}
     whole = tuple(o.name for o in outcomes if o.status in ("kept_whole", "not_low_rank"))
-    files = write_adapter(folder, factors, model, whole, str(base.path.resolve()))
+    files = write_adapter(folder, factors, model, whole, base.source, base.revision)
     return [_placed(outcome, files) for outcome in outcomes]
 
 

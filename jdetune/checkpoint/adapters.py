@@ -67,6 +67,7 @@ def write_adapter(
     checkpoint: Checkpoint,
     per_model: tuple[str, ...] = (),
     base: str = _RECOVERED_BASE,
+    revision: str | None = None,
 ) -> AdapterFiles:
     """Writes one model's adapter.
 
@@ -76,6 +77,7 @@ def write_adapter(
       checkpoint: the merged model; gives module names, config and tensors kept whole.
       per_model: tensors that the base lacks; their modules are kept whole.
       base: ``base_model_name_or_path``.
+      revision: the base's commit, where it is a model of the hub.
 
     Returns:
       Which tensors went where.
@@ -94,6 +96,7 @@ def write_adapter(
     tensors.update({layout.PREFIX + name: read_tensor(checkpoint, name) for name in saved})
     ranks = {layout.module_of(name): pair[0].shape[1] for name, pair in kept.items()}
     config = _config(ranks, whole, modules, checkpoint.config, base)
+    config |= {"revision": revision} if revision else {}
     save_safetensors(path / WEIGHTS_NAME, tensors)
     save_json(path / CONFIG_NAME, config, sort_keys=True)
     save_text(path / "README.md", _card(path.name, ranks, base, checkpoint.config))

@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from jdetune.checkpoint import hub
 from jdetune.errors import InputError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -87,6 +88,8 @@ class Checkpoint:
       config: contents of config.json, empty where there is none.
       side_files: config and tokenizer files that belong with the weights, relative to ``root``.
       path: what was opened, folder or file.
+      hub_id: ``org/name`` where it is a model of the Hugging Face hub.
+      revision: its commit there.
     """
 
     name: str
@@ -96,6 +99,13 @@ class Checkpoint:
     config: Mapping[str, Any]
     side_files: tuple[str, ...]
     path: Path
+    hub_id: str | None = None
+    revision: str | None = None
+
+    @property
+    def source(self) -> str:
+        """Where it is from: the hub's id, or the whole path."""
+        return self.hub_id or str(self.path.resolve())
 
     @property
     def n_parameters(self) -> int:
@@ -107,7 +117,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Reads the headers of a checkpoint.
 
     Args:
-      path: a Hugging Face directory or a ``.safetensors`` file.
+      path: a Hugging Face directory or a ``.safetensors`` file; a text that is no path and looks
+        like ``org/name`` or ``org/name@revision`` is a model of the Hugging Face hub.
 
     Returns:
       The checkpoint's names, shapes, dtypes and files.
@@ -115,11 +126,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
       InputError: the path is missing, holds no safetensors weights, or they are damaged.
     """
+    snapshot = hub.resolve(path) if isinstance(path, str) else None
+    if snapshot is not None:
+        return dataclasses.replace(
+            open_checkpoint(snapshot.folder),
+            name=snapshot.name,
+            hub_id=snapshot.hub_id,
+            revision=snapshot.commit,
+        )
     path = Path(path)
     if not path.exists():
         raise InputError(
             f"{path}: no such file or directory. Give a local folder with {SINGLE_NAME} or its "
-            "shards, or a .safetensors file."
+            "shards, a .safetensors file, or an id of the Hugging Face hub (org/name@revision)."
         )
     if path.is_file():
         return _open_file(path)

@@ -22,8 +22,8 @@ def make_command() -> Command:
         "recover",
         "jdetune recover MODEL MODEL MODEL... --out=DIR [flags]",
         "Recovers the weights before fine-tuning, and every model's LoRA adapter, from three or\n"
-        "more models that were fine-tuned from one base and merged. MODEL is a folder or a\n"
-        ".safetensors file.",
+        "more models that were fine-tuned from one base and merged. MODEL is a folder, a\n"
+        ".safetensors file or, with huggingface_hub, an id org/name or org/name@revision.",
         _NOTES,
     )
     command.string("out", None, "Folder to write: base/, adapters/, report.json.")
