@@ -14,6 +14,7 @@ COMMANDS = {
     "verify": "compare a recovery with a reference and with the merged models",
     "extract": "adapters of merged models whose base is known",
     "merge": "merge a PEFT adapter into its base, by a chosen rounding",
+    "group": "which of many models share a base; one recover per group",
     "demo": "recover a real sentence encoder from five real fine-tunes",
 }
 _INTERRUPTED = 130
