@@ -99,12 +99,16 @@ def related(pair: Float[np.ndarray, "2 row col"], storage: Sequence[str]) -> boo
     return spectrum(pair, storage).low_rank
 
 
-def spectrum(pair: Float[np.ndarray, "2 row col"], storage: Sequence[str]) -> Spectrum:
+def spectrum(
+    pair: Float[np.ndarray, "2 row col"], storage: Sequence[str], even: bool = False
+) -> Spectrum:
     """Singular values of the difference of two models, and where rounding begins.
 
     Args:
       pair: both as stored, finite.
       storage: dtype that each was rounded to.
+      even: scale rows and columns so that each holds the same rounding error. The rank is the
+        same, and what is above the rounding everywhere cannot hide below its largest rows.
 
     Example:
       >>> from jdetune import synth
@@ -114,6 +118,10 @@ def spectrum(pair: Float[np.ndarray, "2 row col"], storage: Sequence[str]) -> Sp
     difference = pair[0].astype(np.float64) - pair[1].astype(np.float64)
     rounding = np.asarray(_spacing(as_merged(jnp.asarray(pair), storage)), np.float64)
     variance = np.sum(rounding**2, axis=0) / 12 + MERGE_ARITHMETIC * difference**2
+    if even:
+        rows, cols = variance.mean(axis=1, keepdims=True), variance.mean(axis=0)
+        usual = np.maximum(rows * cols, 1e-60) / max(float(variance.mean()), 1e-60)
+        difference, variance = difference / np.sqrt(usual), variance / usual
     values = np.linalg.svd(difference, compute_uv=False)
     edge = float(_pair_edge(jnp.asarray(variance, jnp.float32)))
     weak, expected = float(np.sum(values[values <= edge] ** 2)), float(np.sum(variance))

@@ -26,6 +26,8 @@ also with --overwrite, as long as their models and the flags stay the same.
 exit codes: 0 every model is in a group of three or more (and recovered); 2 usage; 3 bad input;
 5 some are not; 130 interrupted; with --recover 3 or 4 where no group could be recovered"""
 _RECOVERED = "recovered"
+#: Flags that a recover command does not get.
+_OWN = ("layers", "seed", "recover", "out", "dry_run", "json", "quiet", "debug", "flagfile")
 
 
 def make_command() -> Command:
@@ -78,7 +80,7 @@ def _run(command: Command, models: Sequence[str], options: Any, going: bool) -> 
     if going:
         runs.check_out(out, [checkpoint.path for checkpoint in checkpoints])
     wanted = select(command["include"], command["exclude"])
-    flags = command.given(skip=("layers", "seed", "recover", "out", "dry_run", "json", "flagfile"))
+    flags = command.given(skip=_OWN)
     with common.progress_bar(command["quiet"]) as progress:
         zoo = grouping.group_models(
             checkpoints, command["layers"], command["seed"], wanted, progress

@@ -16,7 +16,7 @@ from jdetune.errors import InputError
 from jdetune.solving import Progress
 from jdetune.zoo.kinship import Kinship, kinship
 from jdetune.zoo.pairs import FAR, Relation, compare_models
-from jdetune.zoo.sampling import Order, Sampler, sample_order
+from jdetune.zoo.sampling import Order, Sampler, is_sampled, sample_order
 
 #: Models that differ and share a base, at least, for the base to be recoverable.
 ENOUGH = 3
@@ -116,7 +116,7 @@ def group_models(
     relations: list[Relation] = []
     found: list[tuple[_Draft, int, Order]] = []
     done = 0
-    for number, models in enumerate(group_by_architecture(checkpoints)):
+    for number, models in enumerate(_architectures(checkpoints)):
         order = sample_order([checkpoints[m] for m in models], wanted, seed)
         drafts: list[_Draft] = []
         for model in models:
@@ -138,6 +138,15 @@ def group_models(
             progress("ranks", index + 1, len(found))
     groups.sort(key=lambda group: group.members[0])
     return Zoo(tuple(checkpoints), tuple(groups), tuple(relations), sampler.bytes_read)
+
+
+def _architectures(checkpoints: Sequence[Checkpoint]) -> list[list[int]]:
+    """Indices of models by their large matrices' names and shapes: vectors are much alike."""
+    shown = []
+    for checkpoint in checkpoints:
+        large = {name: info for name, info in checkpoint.tensors.items() if is_sampled(info)}
+        shown.append(dataclasses.replace(checkpoint, tensors=large or checkpoint.tensors))
+    return group_by_architecture(shown)
 
 
 def _place(

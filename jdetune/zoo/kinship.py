@@ -12,6 +12,7 @@ from itertools import combinations
 import numpy as np
 
 from jdetune.ranks import EDGE_FACTORS, plan_pairs
+from jdetune.types import STORAGE_DTYPES
 from jdetune.zoo.pairs import pair_spectrum
 from jdetune.zoo.sampling import Sampler, kind_of
 
@@ -58,18 +59,19 @@ def kinship(sampler: Sampler, members: Sequence[int], names: Sequence[str]) -> K
     everybody = (tuple(members),)
     pair_rank = None
     if chosen:
-        first = pair_spectrum(sampler, members[0], members[1], chosen[0])
+        storage = [sampler.storage(member, chosen[0]) for member in members[:2]]
+        first = pair_spectrum(sampler, members[0], members[1], chosen[0], storage)
         pair_rank = None if first is None else first.rank
     if len(members) < 3:
         return Kinship({}, pair_rank, everybody)
     ranks: dict[str, dict[int, int]] = {}
     for name in chosen:
         found = _agreeing(sampler, members, name)
-        if found is None and len(members) <= ALL_PAIRS:
+        if not found and len(members) <= ALL_PAIRS:
             families, apart = _families(sampler, members, name)
             if len(families) > 1:
                 return _apart(sampler, families, apart, chosen, pair_rank)
-        if found is not None:
+        if found:
             ranks[name] = found
     return Kinship(ranks, pair_rank, everybody)
 
@@ -81,33 +83,49 @@ def _choose(names: Sequence[str]) -> list[str]:
     return [*kinds.values(), *(n for n in names if n not in kinds.values())][:MEASURED]
 
 
-def _agreeing(sampler: Sampler, members: Sequence[int], name: str) -> dict[int, int] | None:
-    """Ranks on which all triples agree; None if there are none."""
+def _agreeing(sampler: Sampler, members: Sequence[int], name: str) -> dict[int, int]:
+    """Ranks on which all triples agree, of those members of one storage dtype that have any."""
+    storages: dict[str, list[int]] = {}
+    for member in members:
+        sampler.get(member, name)
+        storages.setdefault(sampler.storage(member, name), []).append(member)
+    ranks: dict[int, int] = {}
+    for storage, alike in storages.items():
+        ranks |= _clear(sampler, alike, name, storage) if len(alike) > 2 else {}
+    return ranks
+
+
+def _clear(sampler: Sampler, members: Sequence[int], name: str, storage: str) -> dict[int, int]:
+    """Ranks of members of one storage dtype: ``ranks.clear_ranks``, on the host."""
     plan = plan_pairs(len(members))
     found = [
-        pair_spectrum(sampler, members[a], members[b], name)
+        pair_spectrum(sampler, members[a], members[b], name, (storage, storage))
         for a, b in zip(plan.first, plan.second, strict=True)
     ]
     known = [one for one in found if one is not None]
-    if len(known) < len(found) or len({len(one.values) for one in known}) > 1:
-        return None
-    for factor in EDGE_FACTORS:  # as ``ranks.clear_ranks``, on the host
+    for factor in EDGE_FACTORS if len(known) == len(found) else ():
         rank = np.array([np.sum(one.values > factor * one.edge) for one in known])[plan.triples]
         twice = rank[..., 0] + rank[..., 1] - rank[..., 2]
         if (twice == twice[:, :1]).all() and (twice % 2 == 0).all() and (twice >= 0).all():
             return dict(zip(members, (twice[:, 0] // 2).tolist(), strict=True))
-    return None
+    return {}
 
 
 def _families(
     sampler: Sampler, members: Sequence[int], name: str
 ) -> tuple[tuple[tuple[int, ...], ...], int | None]:
-    """Sub-families by all pairs: across them ranks exceed what the members' own add up to."""
+    """Sub-families by all pairs: across them ranks exceed what the members' own add up to.
+
+    All ranks are those above the rounding of the widest steps among the members. A member that
+    seems to be a sub-family of its own is none: its update would be that of its base as well.
+    """
+    everybody = (tuple(members),)
+    storage = max((sampler.storage(m, name) for m in members), key=STORAGE_DTYPES.index)
     pair: dict[tuple[int, int], int] = {}
     for a, b in combinations(members, 2):
-        found = pair_spectrum(sampler, a, b, name)
+        found = pair_spectrum(sampler, a, b, name, (storage, storage))
         if found is None:
-            return (tuple(members),), None
+            return everybody, None
         pair[a, b] = pair[b, a] = found.rank
     own = {
         m: min(
@@ -124,6 +142,8 @@ def _families(
                 break
         else:
             families.append([m])
+    if min(map(len, families)) < 2:
+        return everybody, None
     across = [
         pair[a, b] - own[a] - own[b]
         for one, two in combinations(families, 2)
@@ -149,6 +169,5 @@ def _apart(
     ranks: dict[str, dict[int, int]] = {}
     for name in names:
         for family in families:
-            found = _agreeing(sampler, family, name) if len(family) > 2 else None
-            ranks.setdefault(name, {}).update(found or {})
+            ranks.setdefault(name, {}).update(_agreeing(sampler, family, name))
     return Kinship(ranks, pair_rank, families, apart)

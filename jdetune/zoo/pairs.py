@@ -14,6 +14,9 @@ from jdetune.zoo.sampling import LEAST_SIDE, Order, Sample, Sampler, kind_of, sa
 FAR = 0.5
 #: Matrices that are tested at most, in units of those asked for, where the verdicts are even.
 PATIENCE = 3
+#: Ranks up to this share of the side are taken as they are; larger ones must hold in a part of the
+#: matrix in which they still leave some room.
+UNSUSPICIOUS, ROOMY = 0.125, 0.85
 #: A difference is one of rounding if the middles of their spectra agree within this factor.
 ROUNDING_SPAN = 1.5
 
@@ -135,10 +138,11 @@ def compare_matrix(sampler: Sampler, first: int, second: int, name: str) -> Laye
     if pair is None:
         return Layer(name, "not_finite")
     storage = _storage(sampler, first, second, name)
-    found = spectrum(pair, storage)
-    size = float(np.linalg.norm(found.values)) / max(_norm(pair), 1e-300)
-    verdict = "low_rank" if found.low_rank else "full_rank"
-    rounding = None if found.low_rank or size > FAR else _rounding(pair, found)
+    found = spectrum(pair, storage, even=True)
+    size = _rms(pair[0] - pair[1]) / max(_rms(pair), 1e-30)
+    low = found.low_rank and _holds_in_part(pair, storage, found.rank)
+    verdict = "low_rank" if low else "full_rank"
+    rounding = None if low or size > FAR else _rounding(pair)
     return Layer(name, verdict, found.rank, len(found.values), size, rounding, storage)
 
 
@@ -146,10 +150,12 @@ def _storage(sampler: Sampler, first: int, second: int, name: str) -> tuple[str,
     return sampler.storage(first, name), sampler.storage(second, name)
 
 
-def pair_spectrum(sampler: Sampler, first: int, second: int, name: str) -> Spectrum | None:
+def pair_spectrum(
+    sampler: Sampler, first: int, second: int, name: str, storage: Sequence[str]
+) -> Spectrum | None:
     """Singular values of the difference of two models; None if it is not finite."""
     pair = finite_pair(sampler.get(first, name), sampler.get(second, name))
-    return None if pair is None else spectrum(pair, _storage(sampler, first, second, name))
+    return None if pair is None else spectrum(pair, storage, even=True)
 
 
 def finite_pair(one: Sample, two: Sample) -> np.ndarray | None:
@@ -165,18 +171,35 @@ def finite_pair(one: Sample, two: Sample) -> np.ndarray | None:
     return pair if min(pair.shape[1:]) >= least and pair.size > good.size else None
 
 
-def _norm(pair: np.ndarray) -> float:
-    """Root of the mean of both squared norms."""
-    return float(np.sqrt(np.sum(np.square(pair, dtype=np.float64)) / 2))
+def _holds_in_part(pair: np.ndarray, storage: Sequence[str], rank: int) -> bool:
+    """Whether a rank is the same in a part of the matrix: a spread-out spectrum shrinks with it.
+
+    What differs by a little more than the rounding everywhere (a quantised base) has many singular
+    values below the noise edge, and looks like a large rank.
+    """
+    side = min(pair.shape[1:])
+    if rank <= UNSUSPICIOUS * side:
+        return True
+    share = max(0.5, rank / (ROOMY * side))
+    rng = np.random.default_rng(0)
+    rows, cols = (
+        rng.choice(size, int(np.ceil(share * size)), replace=False) for size in pair.shape[1:]
+    )
+    part = spectrum(pair[:, rows][:, :, cols], storage, even=True)
+    return part.rank > rank * (1 + share) / 2
 
 
-def _rounding(pair: np.ndarray, found: Spectrum) -> str | None:
+def _rms(matrix: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(matrix, dtype=np.float64))))
+
+
+def _rounding(pair: np.ndarray) -> str | None:
     """The 16-bit dtype whose rounding, of a base before it was merged, looks like the difference.
 
     The middle of the spectrum is compared with that of what rounding a model would change: the
     updates only move its start.
     """
-    middle = float(np.median(found.values))
+    middle = float(np.median(np.linalg.svd(pair[0] - pair[1], compute_uv=False)))
     for name in ("bfloat16", "float16"):
         for model in pair:
             with np.errstate(over="ignore"):
