@@ -100,7 +100,10 @@ def related(pair: Float[np.ndarray, "2 row col"], storage: Sequence[str]) -> boo
 
 
 def spectrum(
-    pair: Float[np.ndarray, "2 row col"], storage: Sequence[str], even: bool = False
+    pair: Float[np.ndarray, "2 row col"],
+    storage: Sequence[str],
+    even: bool = False,
+    roundings: Sequence[int] = (1, 1),
 ) -> Spectrum:
     """Singular values of the difference of two models, and where rounding begins.
 
@@ -109,6 +112,7 @@ def spectrum(
       storage: dtype that each was rounded to.
       even: scale rows and columns so that each holds the same rounding error. The rank is the
         same, and what is above the rounding everywhere cannot hide below its largest rows.
+      roundings: how often each was rounded.
 
     Example:
       >>> from jdetune import synth
@@ -116,8 +120,10 @@ def spectrum(
       4
     """
     difference = pair[0].astype(np.float64) - pair[1].astype(np.float64)
-    rounding = np.asarray(_spacing(as_merged(jnp.asarray(pair), storage)), np.float64)
-    variance = np.sum(rounding**2, axis=0) / 12 + MERGE_ARITHMETIC * difference**2
+    steps = np.asarray(_spacing(as_merged(jnp.asarray(pair), storage)), np.float64)
+    variance = (
+        roundings[0] * steps[0] ** 2 + roundings[1] * steps[1] ** 2
+    ) / 12 + MERGE_ARITHMETIC * difference**2
     if even:
         rows, cols = variance.mean(axis=1, keepdims=True), variance.mean(axis=0)
         usual = np.maximum(rows * cols, 1e-60) / max(float(variance.mean()), 1e-60)

@@ -115,6 +115,7 @@ def _comparison(zoo: Zoo, relation: Relation) -> dict[str, Any]:
         "first": zoo.checkpoints[relation.first].name,
         "second": zoo.checkpoints[relation.second].name,
         "verdict": relation.verdict,
+        "rounding": relation.rounding,
         "equal": list(relation.names("equal")),
         "tested": [
             {
@@ -123,7 +124,6 @@ def _comparison(zoo: Zoo, relation: Relation) -> dict[str, Any]:
                 "rank": layer.rank,
                 "side": layer.side,
                 "size": number(layer.size),
-                "rounding": layer.rounding,
             }
             for layer in relation.layers
             if layer.verdict != "equal"

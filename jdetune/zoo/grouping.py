@@ -244,11 +244,15 @@ def _measured(
     checkpoints: Sequence[Checkpoint], relations: Sequence[Relation], group: Group
 ) -> tuple[str, ...]:
     """Matrices of all members in which two differ by low rank, most often seen first."""
-    seen: dict[str, int] = {}
+    seen: dict[str, tuple[int, int]] = {}
     for relation in relations:
         if relation.first in group.members and relation.second in group.members:
-            for name in relation.names("low_rank"):
-                seen[name] = seen.get(name, 0) + 1
+            for layer in relation.layers:
+                if layer.verdict == "low_rank":
+                    above, times = seen.get(layer.name, (0, 0))
+                    seen[layer.name] = (above + bool(layer.rank), times + 1)
+    if any(above for above, _ in seen.values()):  # the others differ by rounding only
+        seen = {name: counts for name, counts in seen.items() if counts[0]}
     models = [checkpoints[m] for m in group.distinct]
     everywhere = [name for name in seen if is_common(models, name)]
-    return tuple(sorted(everywhere, key=lambda name: -seen[name]))
+    return tuple(sorted(everywhere, key=lambda name: seen[name], reverse=True))

@@ -8,17 +8,22 @@ import numpy as np
 from jdetune.checkpoint.manifest import is_common
 from jdetune.checkpoint.reader import numpy_dtype
 from jdetune.foreign import Spectrum, spectrum
+from jdetune.types import STORAGE_DTYPES
 from jdetune.zoo.sampling import LEAST_SIDE, Order, Sample, Sampler, kind_of, same_files
 
 #: Two matrices that differ by more than this share of their size settle that the bases differ.
 FAR = 0.5
-#: Matrices that are tested at most, in units of those asked for, where the verdicts are even.
-PATIENCE = 3
+#: Where matrices disagree, this many times those asked for are tested, and those of low rank must
+#: be this many times the others: near the rounding, a quantised base may pass in single matrices.
+PATIENCE, MAJORITY = 3, 2
 #: Ranks up to this share of the side are taken as they are; larger ones must hold in a part of the
 #: matrix in which they still leave some room.
 UNSUSPICIOUS, ROOMY = 0.125, 0.85
 #: A difference is one of rounding if the middles of their spectra agree within this factor.
 ROUNDING_SPAN = 1.5
+#: Rows and columns that are enough to see that.
+GLANCE = 256
+WIDEST = STORAGE_DTYPES[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,6 @@ class Layer:
       rank: of the difference, above the rounding; None where it was not measured.
       side: the largest rank that it could have.
       size: rms of the difference over rms of the weights.
-      rounding: the 16-bit dtype whose rounding is as large as a full-rank difference, if one is.
       storage: dtypes whose rounding was expected in the two.
     """
 
@@ -40,7 +44,6 @@ class Layer:
     rank: int | None = None
     side: int | None = None
     size: float | None = None
-    rounding: str | None = None
     storage: tuple[str, str] | None = None
 
 
@@ -54,12 +57,14 @@ class Relation:
       layers: what was looked at.
       verdict: ``copy`` (every tensor is equal), ``equal_matrices`` (all compared are), ``related``
         (one base), ``unrelated``, or ``unknown`` (nothing could be compared).
+      rounding: the 16-bit dtype whose rounding is what unrelated models seem to differ by.
     """
 
     first: int
     second: int
     layers: tuple[Layer, ...]
     verdict: str
+    rounding: str | None = None
 
     @property
     def joined(self) -> bool:
@@ -80,8 +85,9 @@ class Relation:
 def compare_models(sampler: Sampler, first: int, second: int, order: Order, count: int) -> Relation:
     """Looks at matrices until ``count`` differing ones were tested and every kind was seen.
 
-    The tested ones are of two kinds at least, where there are two that differ. The majority
-    decides. Models that are equal in all of it are compared to the last tensor.
+    The tested ones are of two kinds at least, where there are two that differ. Where they disagree,
+    more are tested, and a majority of two thirds decides. Models that are equal in all of it are
+    compared to the last tensor.
 
     Args:
       sampler: reads the models.
@@ -105,7 +111,11 @@ def compare_models(sampler: Sampler, first: int, second: int, order: Order, coun
         else layer
         for layer in layers
     ]
-    return Relation(first, second, tuple(layers), _judge(sampler, first, second, layers))
+    verdict = _judge(sampler, first, second, layers)
+    full = [layer for layer in layers if layer.verdict == "full_rank"]
+    near = verdict == "unrelated" and (full[0].size or 0) < FAR
+    rounding = _rounding(sampler, first, second, full[0].name) if near else None
+    return Relation(first, second, tuple(layers), verdict, rounding)
 
 
 def _settled(layers: Sequence[Layer], count: int, place: int, first_round: int) -> bool:
@@ -116,14 +126,15 @@ def _settled(layers: Sequence[Layer], count: int, place: int, first_round: int) 
     if len(far) > 1 and not low and not any(layer.verdict == "equal" for layer in layers):
         return True
     several = len(kinds) > 1 or place >= 2 * first_round
-    even = len(low) == len(full) and len(low) + len(full) < PATIENCE * count
-    return place >= first_round and len(low) + len(full) >= count and several and not even
+    wanted = count * (PATIENCE if low and full else 1)
+    return place >= first_round and len(low) + len(full) >= wanted and several
 
 
 def _judge(sampler: Sampler, first: int, second: int, layers: Sequence[Layer]) -> str:
     count = {v: sum(layer.verdict == v for layer in layers) for v in ("low_rank", "full_rank")}
     if any(count.values()):
-        return "related" if count["low_rank"] > count["full_rank"] else "unrelated"
+        agreed = count["low_rank"] >= MAJORITY * count["full_rank"]
+        return "related" if count["low_rank"] and agreed else "unrelated"
     if not layers or any(layer.verdict == "not_finite" for layer in layers):
         return "unknown"
     return "copy" if sampler.equal_tensors(first, second) else "equal_matrices"
@@ -138,12 +149,10 @@ def compare_matrix(sampler: Sampler, first: int, second: int, name: str) -> Laye
     if pair is None:
         return Layer(name, "not_finite")
     storage = _storage(sampler, first, second, name)
-    found = spectrum(pair, storage, even=True)
+    low, rank = _low_rank(pair, storage)
     size = _rms(pair[0] - pair[1]) / max(_rms(pair), 1e-30)
-    low = found.low_rank and _holds_in_part(pair, storage, found.rank)
     verdict = "low_rank" if low else "full_rank"
-    rounding = None if low or size > FAR else _rounding(pair)
-    return Layer(name, verdict, found.rank, len(found.values), size, rounding, storage)
+    return Layer(name, verdict, rank, min(pair.shape[1:]), size, storage)
 
 
 def _storage(sampler: Sampler, first: int, second: int, name: str) -> tuple[str, str]:
@@ -171,7 +180,24 @@ def finite_pair(one: Sample, two: Sample) -> np.ndarray | None:
     return pair if min(pair.shape[1:]) >= least and pair.size > good.size else None
 
 
-def _holds_in_part(pair: np.ndarray, storage: Sequence[str], rank: int) -> bool:
+def _low_rank(pair: np.ndarray, storage: Sequence[str]) -> tuple[bool, int]:
+    """Whether two models differ by low rank and rounding, and by which rank.
+
+    Of two models in different dtypes, the one in the narrower may have been merged from a base
+    that was rounded, too.
+    """
+    rank, twice = 0, tuple(1 + (name != WIDEST) for name in storage)
+    for roundings in ((1, 1), twice) if storage[0] != storage[1] else ((1, 1),):
+        found = spectrum(pair, storage, even=True, roundings=roundings)
+        if found.low_rank and _holds_in_part(pair, storage, found.rank, roundings):
+            return True, found.rank
+        rank = rank or found.rank
+    return False, rank
+
+
+def _holds_in_part(
+    pair: np.ndarray, storage: Sequence[str], rank: int, roundings: Sequence[int]
+) -> bool:
     """Whether a rank is the same in a part of the matrix: a spread-out spectrum shrinks with it.
 
     What differs by a little more than the rounding everywhere (a quantised base) has many singular
@@ -185,7 +211,7 @@ def _holds_in_part(pair: np.ndarray, storage: Sequence[str], rank: int) -> bool:
     rows, cols = (
         rng.choice(size, int(np.ceil(share * size)), replace=False) for size in pair.shape[1:]
     )
-    part = spectrum(pair[:, rows][:, :, cols], storage, even=True)
+    part = spectrum(pair[:, rows][:, :, cols], storage, even=True, roundings=roundings)
     return part.rank > rank * (1 + share) / 2
 
 
@@ -193,19 +219,22 @@ def _rms(matrix: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(matrix, dtype=np.float64))))
 
 
-def _rounding(pair: np.ndarray) -> str | None:
+def _rounding(sampler: Sampler, first: int, second: int, name: str) -> str | None:
     """The 16-bit dtype whose rounding, of a base before it was merged, looks like the difference.
 
     The middle of the spectrum is compared with that of what rounding a model would change: the
     updates only move its start.
     """
+    pair = finite_pair(sampler.get(first, name), sampler.get(second, name))
+    if pair is None or _storage(sampler, first, second, name) != (WIDEST, WIDEST):
+        return None
+    pair = pair[:, :GLANCE, :GLANCE]
     middle = float(np.median(np.linalg.svd(pair[0] - pair[1], compute_uv=False)))
-    for name in ("bfloat16", "float16"):
-        for model in pair:
-            with np.errstate(over="ignore"):
-                lost = model - model.astype(numpy_dtype(name)).astype(np.float32)
-            if np.isfinite(lost).all() and lost.any():
-                usual = float(np.median(np.linalg.svd(lost, compute_uv=False)))
-                if usual / ROUNDING_SPAN < middle < usual * ROUNDING_SPAN:
-                    return name
+    for dtype in STORAGE_DTYPES[:0:-1]:
+        with np.errstate(over="ignore"):
+            lost = pair[0] - pair[0].astype(numpy_dtype(dtype)).astype(np.float32)
+        if np.isfinite(lost).all():
+            usual = float(np.median(np.linalg.svd(lost, compute_uv=False)))
+            if usual / ROUNDING_SPAN < middle < usual * ROUNDING_SPAN:
+                return dtype
     return None

@@ -1,7 +1,5 @@
 """Why a model stands where it stands, in words."""
 
-from collections.abc import Sequence
-
 from jdetune.zoo.grouping import ENOUGH, Group, Zoo
 from jdetune.zoo.pairs import FAR, Relation
 
@@ -89,9 +87,8 @@ def _apart(zoo: Zoo, group: Group, relation: Relation) -> str:
     if relation.size >= FAR:
         return f"another base: {said}; they differ by {relation.size:.0%} of their size"
     near = f"{said}; they differ by {relation.size:.2g} of their size"
-    rounding = _common([layer.rounding for layer in relation.layers if layer.verdict != "equal"])
-    if rounding:
-        return f"{near}, as a base does that was rounded to {rounding} before it was merged"
+    if relation.rounding:
+        return f"{near}, as bases do where one was rounded to {relation.rounding} before merging"
     return f"{near}: {_FULL}"
 
 
@@ -101,7 +98,3 @@ def _tested(relation: Relation, other: str) -> str:
     tested = len(full) + len(relation.names("low_rank"))
     example = f"{full[0].name}, rank {full[0].rank} of {full[0].side}"
     return f"no low rank against {other} in {len(full)} of {tested} matrices tested ({example})"
-
-
-def _common(values: Sequence[str | None]) -> str | None:
-    return values[0] if len(set(values)) == 1 else None

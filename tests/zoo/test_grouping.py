@@ -170,6 +170,20 @@ def test_a_dequantised_base_is_another_one(tmp_path):
     assert "QLoRA merged into the dequantised base" in found["groups"][1]["apart"]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_quantised_base_does_not_hide_in_bfloat16_rounding(tmp_path, seed):
+    """Rows of very different size, with outliers: int8 is above the rounding in the small ones."""
+    rng = np.random.default_rng(seed)
+    own = base(seed)
+    for name in inner():
+        rows = np.exp(1.5 * rng.standard_normal((len(own[name]), 1)))
+        own[name] = (0.03 * rows * rng.standard_t(4, own[name].shape)).astype(np.float32)
+    half = {f"a{i}": tune(cast(own, BF16), i) for i in range(3)}
+    quantised = {f"q{i}": tune(int8(own), 10 + i) for i in range(3)}
+    _, groups = grouped(tmp_path, half | quantised)
+    assert groups == [list(half), list(quantised)]
+
+
 def test_one_family_in_several_dtypes(tmp_path):
     models = family("a", 1, 6)
     models = {
@@ -180,6 +194,17 @@ def test_one_family_in_several_dtypes(tmp_path):
     assert found["groups"][0]["dtypes"] == ["bfloat16", "float16", "float32"]
 
 
+def test_bfloat16_merges_of_the_rounded_base_belong_to_a_float32_family(tmp_path):
+    """They were rounded twice, as the base and as the merged model."""
+    own = base(1)
+    models = {f"a{i}": tune(own, i) for i in range(3)}
+    models |= {f"h{i}": tune(cast(own, BF16), 10 + i) for i in range(3)}
+    found, groups = grouped(tmp_path, models)
+    assert groups == [list(models)]
+    assert [note for name in models for note in entry(found, name)["notes"]] == []
+    assert set(entry(found, "a1")["ranks"].values()) == {2}
+
+
 def test_a_base_that_was_rounded_before_the_merge(tmp_path):
     own = base(1)
     rounded = cast(cast(own, BF16), np.float32)
@@ -188,7 +213,7 @@ def test_a_base_that_was_rounded_before_the_merge(tmp_path):
     }
     found, groups = grouped(tmp_path, models)
     assert groups == [["a0", "a1", "a2"], ["b0", "b1", "b2"]]
-    assert "was rounded to bfloat16 before" in found["groups"][1]["apart"]
+    assert "where one was rounded to bfloat16 before" in found["groups"][1]["apart"]
 
 
 def test_other_architectures_are_told_by_headers(tmp_path):
