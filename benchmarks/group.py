@@ -19,6 +19,7 @@ ones. Times are those of the whole program in a new process; the first run compi
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -116,9 +117,9 @@ def _save_narrow(source: Checkpoint, folder: Path, get: Any) -> None:
     shutil.copy(source.root / "config.json", folder)
 
 
-def run(line: list[str]) -> tuple[dict[str, Any], float]:
-    """JSON and seconds of a run of the program."""
-    begin = time.monotonic()
+def run(line: list[str]) -> tuple[dict[str, Any], float, float]:
+    """JSON, seconds and processor seconds of a run of the program."""
+    begin, before = time.monotonic(), os.times()
     done = subprocess.run(
         [sys.executable, "-m", "jdetune", "group", *line, "--json", "--quiet"],
         capture_output=True,
@@ -127,7 +128,9 @@ def run(line: list[str]) -> tuple[dict[str, Any], float]:
     )
     if done.returncode not in (0, 5):
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
-    return json.loads(done.stdout), time.monotonic() - begin
+    after = os.times()
+    used = sum(after[2:4]) - sum(before[2:4])
+    return json.loads(done.stdout), time.monotonic() - begin, used
 
 
 def judge(found: dict[str, Any], truth: dict[str, list[str]]) -> list[str]:
@@ -156,16 +159,21 @@ def main(argv: list[str]) -> None:
         truth = write_zoo(root)
         models = sorted(str(path) for path in (root / "zoo").iterdir())
         stored = sum(path.stat().st_size for path in root.glob("zoo/*/*.safetensors"))
-        found, first = run(models)
-        again, second = run(models)
+        found, first, first_cpu = run(models)
+        again, second, second_cpu = run(models)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         print(render(found).replace(f"{root}/", ""))
         wrong = judge(found, truth) + judge(again, truth)
         print(f"\n{'right' if not wrong else 'WRONG: ' + '; '.join(wrong)}")
         rows = [
-            [label, f"{spent:.1f}", f"{spent / len(models):.2f}", f"{value['seconds']:.1f}"]
-            for label, spent, value in (("first run", first, found), ("second run", second, again))
+            [label, f"{spent:.1f}", f"{used:.1f}", f"{used / len(models):.2f}"]
+            for label, spent, used in (
+                ("first run", first, first_cpu),
+                ("second run", second, second_cpu),
+            )
         ]
-        print(table(["", "seconds", "a model", "without start"], rows))
+        print(table(["", "seconds", "processor seconds", "of them a model"], rows))
+        print(f"peak memory {peak:.0f} MiB, the program itself included")
         share = found["bytes_read"] / stored
         print(f"read {found['bytes_read'] / 1e6:.0f} of {stored / 1e6:.0f} MB ({share:.1%})")
         print(f"{len(found['comparisons'])} comparisons of {len(models)} models")
@@ -185,7 +193,7 @@ def recovered(root: Path, models: list[str], truth: dict[str, list[str]]) -> Non
     """Recovers the groups and compares their bases with the true ones."""
     from jdetune.verification import verify
 
-    value, spent = run([*models, "--recover", f"--out={root / 'out'}"])
+    value, spent, _ = run([*models, "--recover", f"--out={root / 'out'}"])
     names = {frozenset(group["members"]): group["name"] for group in value["groups"]}
     rows = []
     for label, members in truth.items():
@@ -196,7 +204,7 @@ def recovered(root: Path, models: list[str], truth: dict[str, list[str]]) -> Non
         rows.append([out.name, label, str(len(members)), entry["verdict"], *figures])
     print(f"\nrecovered in {spent:.0f} s")
     print(table(["group", "true base", "models", "verdict", "W-error", "exact"], rows))
-    _, spent = run([*models, "--recover", f"--out={root / 'out'}"])
+    _, spent, _ = run([*models, "--recover", f"--out={root / 'out'}"])
     print(f"the same command again: {spent:.1f} s, groups kept")
 
 

@@ -95,8 +95,6 @@ def run_all(
     runs = []
     for number, job in enumerate(jobs):
         folder = out / job.name
-        if progress is not None:
-            progress("groups", number, len(jobs))
         if job.name in done:
             runs.append(_entry(job, folder, read_report(folder), kept=True))
             continue
@@ -108,7 +106,9 @@ def run_all(
         begin = time.monotonic()
         own = dataclasses.replace(options, command=job.command)
         try:
-            report = pipeline.run(job.models, folder, own, progress, recover_fn)
+            report = pipeline.run(
+                job.models, folder, own, _numbered(progress, number, len(jobs)), recover_fn
+            )
         except (InputError, NotOneBaseError) as error:  # of this group alone
             entry = _entry(job, folder, None) | {"error": str(error), "exit_code": error.exit_code}
         else:
@@ -123,6 +123,13 @@ def run_all(
     if state.parent.is_dir():
         state.parent.rmdir()
     return content
+
+
+def _numbered(progress: Progress | None, number: int, count: int) -> Progress | None:
+    """Progress whose stages say of which group they are."""
+    if progress is None:
+        return None
+    return lambda stage, done, total: progress(f"{number + 1}/{count} {stage}", done, total)
 
 
 def _former(out: Path) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def timeless(path):
 
 
 def test_every_group_gets_its_folder(tmp_path, zoo):
-    out = tmp_path / "out"
-    value = run(zoo, out, recover_fn=teller(zoo))
+    out, told = tmp_path / "out", []
+    value = run(zoo, out, recover_fn=teller(zoo), progress=lambda *step: told.append(step))
     assert sorted(p.name for p in out.iterdir()) == ["family-of-a", "family-of-b", "groups.json"]
     assert value == json.loads((out / "groups.json").read_text())
     assert value["summary"]["exit_code"] == 0
@@ -69,6 +69,9 @@ def test_every_group_gets_its_folder(tmp_path, zoo):
         ("family-of-a", "recovered", 4),
         ("family-of-b", "recovered", 4),
     ]
+    assert {step[0] for step in told} == {
+        f"{number}/2 {stage}" for number in (1, 2) for stage in ("compare", "recover", "write")
+    }
     assert json.loads((out / "family-of-b" / "report.json").read_text())["command"] == (
         "jdetune recover b"
     )
