@@ -138,7 +138,7 @@ def run(
         ),
         "kind": "extract",
         "notes": notes,
-        "base_path": str(known.path.resolve()),
+        "base_path": report.source_text(report.source_entry(known)),
         "adapter_format": form,
         "inputs": [input_entry(m, o, c, m.name in written) for m, o, c in found],
         "summary": summary([o for _, o, _ in found], [c for *_, c in found]),
@@ -252,7 +252,7 @@ def _write(
     factors = {o.name: o.factors for o in outcomes if o.factors is not None}
     factors |= {unit: pair for o in outcomes for unit, pair in o.slices.items()}
     whole = tuple(o.name for o in outcomes if o.status in ("kept_whole", "not_low_rank"))
-    files = write_as(form, folder, factors, model, whole, str(base.path.resolve()))
+    files = write_as(form, folder, factors, model, whole, base.source, base.revision)
     return [_placed(outcome, files, form) for outcome in outcomes]
 
 

@@ -6,8 +6,9 @@ merges: nothing in the weights tells these apart from another base.
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -26,6 +27,7 @@ RELATED_SHARE = 2 / 3
 RELATED_TAIL = 2.5
 #: Rows and columns that are looked at: as many drawn ones show the same rank.
 SIDE = 1024
+_spacing, _pair_edge = jax.jit(spacing), jax.jit(pair_edge)
 #: References without a relative after which no further one is tried.
 GIVE_UP = 4
 
@@ -48,7 +50,7 @@ def split_by_base(stack: Float[Array, "model row col"]) -> Groups:
       >>> split_by_base(np.concatenate([one, two[:1]]))
       ((0, 1, 2), (3,))
     """
-    host = _sample(np.asarray(stack))
+    host = sample_sides(np.asarray(stack))
     storage = storage_dtypes(host)
     groups: list[tuple[int, ...]] = []
     rest = list(range(len(host)))
@@ -63,6 +65,30 @@ def split_by_base(stack: Float[Array, "model row col"]) -> Groups:
     return tuple(sorted(groups, key=lambda group: (-len(group), group)))
 
 
+class Spectrum(NamedTuple):
+    """Singular values of a difference of two models, beside what rounding gives.
+
+    Attributes:
+      values: largest first.
+      edge: largest one that rounding alone gives.
+      tail: rms of what is below the edge, in units of the rounding error.
+    """
+
+    values: np.ndarray
+    edge: float
+    tail: float
+
+    @property
+    def rank(self) -> int:
+        """How many stand above the rounding."""
+        return int(np.sum(self.values > self.edge))
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether low rank and rounding are all there is."""
+        return self.rank <= RELATED_SHARE * len(self.values) and self.tail <= RELATED_TAIL
+
+
 def related(pair: Float[np.ndarray, "2 row col"], storage: Sequence[str]) -> bool:
     """Whether two models differ by low rank and rounding, on the host in float64.
 
@@ -70,13 +96,42 @@ def related(pair: Float[np.ndarray, "2 row col"], storage: Sequence[str]) -> boo
       pair: both as stored, finite.
       storage: dtype that each was rounded to.
     """
+    return spectrum(pair, storage).low_rank
+
+
+def spectrum(
+    pair: Float[np.ndarray, "2 row col"],
+    storage: Sequence[str],
+    even: bool = False,
+    roundings: Sequence[int] = (1, 1),
+) -> Spectrum:
+    """Singular values of the difference of two models, and where rounding begins.
+
+    Args:
+      pair: both as stored, finite.
+      storage: dtype that each was rounded to.
+      even: scale rows and columns so that each holds the same rounding error. The rank is the
+        same, and what is above the rounding everywhere cannot hide below its largest rows.
+      roundings: how often each was rounded.
+
+    Example:
+      >>> from jdetune import synth
+      >>> spectrum(synth.family(2, 48, 40, 2).merged, ("float32", "float32")).rank
+      4
+    """
     difference = pair[0].astype(np.float64) - pair[1].astype(np.float64)
-    rounding = np.asarray(spacing(as_merged(jnp.asarray(pair), storage)), np.float64)
-    variance = np.sum(rounding**2, axis=0) / 12 + MERGE_ARITHMETIC * difference**2
+    steps = np.asarray(_spacing(as_merged(jnp.asarray(pair), storage)), np.float64)
+    variance = (
+        roundings[0] * steps[0] ** 2 + roundings[1] * steps[1] ** 2
+    ) / 12 + MERGE_ARITHMETIC * difference**2
+    if even:
+        rows, cols = variance.mean(axis=1, keepdims=True), variance.mean(axis=0)
+        usual = np.maximum(rows * cols, 1e-60) / max(float(variance.mean()), 1e-60)
+        difference, variance = difference / np.sqrt(usual), variance / usual
     values = np.linalg.svd(difference, compute_uv=False)
-    weak = values[values <= float(pair_edge(jnp.asarray(variance, jnp.float32)))]
-    fits = len(values) - len(weak) <= RELATED_SHARE * len(values)
-    return fits and float(np.sum(weak**2)) <= RELATED_TAIL**2 * float(np.sum(variance))
+    edge = float(_pair_edge(jnp.asarray(variance, jnp.float32)))
+    weak, expected = float(np.sum(values[values <= edge] ** 2)), float(np.sum(variance))
+    return Spectrum(values, edge, (weak / expected) ** 0.5 if weak else 0.0)
 
 
 def solvable(groups: Groups) -> bool:
@@ -102,9 +157,9 @@ def labels(groups: Groups) -> np.ndarray:
     return found
 
 
-def _sample(stack: np.ndarray) -> np.ndarray:
-    """At most ``SIDE`` rows and columns, drawn once for all models."""
-    draw = np.random.default_rng(0)
+def sample_sides(stack: np.ndarray, seed: int = 0) -> np.ndarray:
+    """At most ``SIDE`` rows and columns of [model, row, col], the same ones for every stack."""
+    draw = np.random.default_rng(seed)
     for axis in (1, 2):
         size = stack.shape[axis]
         if size > SIDE:

@@ -108,7 +108,7 @@ def run(
             version=version(),
         ),
         "kind": "merge",
-        "base_path": str(known.path.resolve()),
+        "base_path": report.source_text(report.source_entry(known)),
         "adapter_path": str(Path(adapter).resolve()),
         "rounding": rounding,
         "summary": {

@@ -125,7 +125,7 @@ def input_entry(
     """One entry of ``inputs``."""
     return {
         "name": model.name,
-        "path": str(model.path.resolve()),
+        **report.source_entry(model),
         "dtype": report.main_dtype(model),
         "exit_code": code,
         "written": written,

@@ -35,14 +35,7 @@ def check_out(out: Path, models: Sequence[Path], overwrite: bool) -> None:
     Raises:
       OutputError: OUT touches a model, or exists and may not be replaced.
     """
-    real = out.resolve()
-    for model in models:
-        path = model.resolve()
-        if real == path or real.is_relative_to(path) or path.is_relative_to(real):
-            raise OutputError(
-                f"--out={out}: equal to, inside or around the model {model}. Choose a folder that "
-                "holds no input."
-            )
+    check_apart(out, models)
     if not out.exists():
         return
     if not out.is_dir():
@@ -56,6 +49,18 @@ def check_out(out: Path, models: Sequence[Path], overwrite: bool) -> None:
             f"--out={out}: holds files that jdetune did not write, so --overwrite leaves it alone. "
             "Choose another folder."
         )
+
+
+def check_apart(out: Path, models: Sequence[Path]) -> None:
+    """Refuses an output folder that is a model, lies in one or holds one."""
+    real = out.resolve()
+    for model in models:
+        path = model.resolve()
+        if real == path or real.is_relative_to(path) or path.is_relative_to(real):
+            raise OutputError(
+                f"--out={out}: equal to, inside or around the model {model}. Choose a folder that "
+                "holds no input."
+            )
 
 
 def check_demo(out: Path, base: Path, overwrite: bool) -> None:

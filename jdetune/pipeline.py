@@ -124,7 +124,8 @@ def _run(
     placed = processes.exchange(processes.first and outfolder.finish_placing(out))[0]
     if placed:  # all but that was done when the former run was killed
         done = report.read_report(out)
-        if [e["path"] for e in done["inputs"]] == [str(c.path.resolve()) for c in checkpoints]:
+        sources = [report.source_text(report.source_entry(c)) for c in checkpoints]
+        if [report.source_text(entry) for entry in done["inputs"]] == sources:
             return done
     check_out(out, checkpoints, options)
     processes.exchange("checked")

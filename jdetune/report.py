@@ -121,6 +121,21 @@ def _entry(result: TensorResult) -> dict[str, Any]:
     }
 
 
+def source_entry(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where a model is from: a path, or the hub's id and the commit."""
+    return {"path": checkpoint.source, "revision": checkpoint.revision}
+
+
+def source_text(entry: Mapping[str, Any]) -> str:
+    """What to give as MODEL to get the model of an entry again.
+
+    Example:
+      >>> source_text({"path": "org/name", "revision": "0a1"}), source_text({"path": "/zoo/a"})
+      ('org/name@0a1', '/zoo/a')
+    """
+    return f"{entry['path']}@{entry['revision']}" if entry.get("revision") else entry["path"]
+
+
 def input_entries(
     checkpoints: Sequence[Checkpoint],
     names: Sequence[str],
@@ -136,7 +151,7 @@ def input_entries(
         entries.append(
             {
                 "name": name,
-                "path": str(Path(checkpoint.path).resolve()),
+                **source_entry(checkpoint),
                 "dtype": main_dtype(checkpoint),
                 "sha256": None,
                 "duplicate_of": twins.get(name),

@@ -17,7 +17,7 @@ from jdetune.checkpoint.reader import raw_bytes, read_tensor
 from jdetune.checkpoint.shapes import matrices, units, view_of
 from jdetune.checkpoint.ties import is_tied, tie_pairs, with_ties
 from jdetune.errors import InputError
-from jdetune.report import read_report
+from jdetune.report import read_report, source_text
 
 #: Greatest miss of a re-merged element, in units of the rounding noise around it (``noise_unit``).
 #: Real recoveries (MiniLM, rank 16, 5 models) miss by 6.5 units at most in 9 million elements:
@@ -294,7 +294,11 @@ def _find_models(
                 "them all, in this order."
             )
         return {entry["name"]: path for entry, path in zip(entries, given, strict=True)}
-    present = {e["name"]: e["path"] for e in entries if Path(e["path"]).exists()}
+    present: dict[str, str | Path] = {
+        entry["name"]: source_text(entry)
+        for entry in entries
+        if entry.get("revision") or Path(entry["path"]).exists()
+    }
     gone = [entry["path"] for entry in entries if entry["name"] not in present]
     if gone and not optional:
         raise InputError(

@@ -72,6 +72,7 @@ def write_as(
     checkpoint: Checkpoint,
     per_model: tuple[str, ...] = (),
     base: str = RECOVERED_BASE,
+    revision: str | None = None,
 ) -> AdapterFiles:
     """Writes one model's adapter in a format that ``choose_format`` returned.
 
@@ -83,6 +84,7 @@ def write_as(
       checkpoint: the merged model.
       per_model: tensors that the base lacks.
       base: where the adapter says its base lies.
+      revision: commit of a base of the hub; PEFT's format says it.
 
     Returns:
       Which tensors went where.
@@ -92,8 +94,9 @@ def write_as(
         return AdapterFiles(path, (), (), ())
     if form == "peft" and pipeline_folder.is_pipeline(checkpoint):
         return _write_components(path, factors, checkpoint, per_model, base)
+    if form == "peft":
+        return write_adapter(path, factors, checkpoint, per_model, base, revision)
     writers: Mapping[str, Callable[..., AdapterFiles]] = {
-        "peft": write_adapter,
         "kohya": write_kohya,
         "diffusers": write_diffusers,
     }

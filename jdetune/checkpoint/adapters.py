@@ -82,6 +82,7 @@ def write_adapter(
     checkpoint: Checkpoint,
     per_model: tuple[str, ...] = (),
     base: str = RECOVERED_BASE,
+    revision: str | None = None,
 ) -> AdapterFiles:
     """Writes one model's adapter.
 
@@ -91,6 +92,7 @@ def write_adapter(
       checkpoint: the merged model; gives module names, config and tensors kept whole.
       per_model: tensors that the base lacks; their modules are kept whole.
       base: ``base_model_name_or_path``.
+      revision: the base's commit, where it is a model of the hub.
 
     Returns:
       Which tensors went where.
@@ -111,7 +113,8 @@ def write_adapter(
         placed = dataclasses.replace(placed, whole={*placed.whole, layout.module_of(name)})
     tensors = {layout.loaded_name(key, config): array for key, array in tensors.items()}
     save_safetensors(path / WEIGHTS_NAME, tensors)
-    save_json(path / CONFIG_NAME, _config(placed, checkpoint, base), sort_keys=True)
+    said = _config(placed, checkpoint, base) | ({"revision": revision} if revision else {})
+    save_json(path / CONFIG_NAME, said, sort_keys=True)
     card = _card(path.name, placed.ranks, base, config, _notes(placed, checkpoint))
     save_text(path / "README.md", card)
     targets = (*placed.modules, *placed.stacks)

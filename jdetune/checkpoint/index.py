@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jdetune.busy import Busy
-from jdetune.checkpoint import sidefiles
+from jdetune.checkpoint import hub, sidefiles
 from jdetune.checkpoint.files import Stamp, check_inside, check_regular, read_whole, unreadable
 from jdetune.checkpoint.header import DTYPES, read_header
 from jdetune.checkpoint.strict_json import MAX_BYTES, parse_object
@@ -89,6 +89,8 @@ class Checkpoint:
       path: what was opened, folder or file.
       trusted: whether code that comes with it, and config that names it, is copied too.
       busy: told when it is read.
+      hub_id: ``org/name`` where it is a model of the Hugging Face hub.
+      revision: its commit there.
     """
 
     name: str
@@ -100,6 +102,13 @@ class Checkpoint:
     path: Path
     trusted: bool = False
     busy: Busy = dataclasses.field(default_factory=Busy, compare=False, repr=False)
+    hub_id: str | None = None
+    revision: str | None = None
+
+    @property
+    def source(self) -> str:
+        """Where it is from: the hub's id, or the whole path."""
+        return self.hub_id or str(self.path.resolve())
 
     @property
     def n_parameters(self) -> int:
@@ -112,7 +121,8 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
 
     Args:
       path: a Hugging Face directory (of transformers or diffusers, also a pipeline's) or a
-        ``.safetensors`` file.
+        ``.safetensors`` file; a text that is no path and looks like ``org/name`` or
+        ``org/name@revision`` is a model of the Hugging Face hub.
       trust_remote_code: also copy Python files, and config that makes transformers run them.
 
     Returns:
@@ -121,6 +131,14 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
     Raises:
       InputError: the path is missing, holds no safetensors weights, or they are damaged.
     """
+    snapshot = hub.resolve(path) if isinstance(path, str) else None
+    if snapshot is not None:
+        return dataclasses.replace(
+            open_checkpoint(snapshot.folder, trust_remote_code),
+            name=snapshot.name,
+            hub_id=snapshot.hub_id,
+            revision=snapshot.commit,
+        )
     path = Path(path)
     try:
         found = os.stat(path)
@@ -129,7 +147,7 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{path}: no such file or directory. Give a local folder with {SINGLE_NAME} or its "
-            "shards, or a .safetensors file."
+            "shards, a .safetensors file, or an id of the Hugging Face hub (org/name@revision)."
         ) from error
     except (OSError, ValueError) as error:
         raise unreadable(Path(printable(path)), error) from error

@@ -80,6 +80,22 @@ class Command:
         """A flag's value."""
         return self._values[name].value
 
+    def given(self, skip: Sequence[str] = ()) -> list[str]:
+        """Flags that were given, as words of a command line.
+
+        Example:
+          >>> command = Command("try", "jdetune try", "Tries.")
+          >>> command.parse(["--nojson", "a", "--quiet"]), command.given(skip=["quiet"])
+          (['a'], ['--nojson'])
+        """
+        names = [name for name in self._order if self._values[name].present and name not in skip]
+        return [
+            f"--{'' if self[name] else 'no'}{name}"
+            if self._values[name].boolean
+            else f"--{name}={self[name]}"
+            for name in names
+        ]
+
     def parse(self, argv: Sequence[str]) -> list[str]:
         """Sets the flags and returns the other arguments.
 

@@ -25,7 +25,7 @@ def make_command() -> Command:
         "extract",
         "jdetune extract --base=DIR MODEL... --out=DIR [flags]",
         "Extracts the LoRA adapter of every merged model from its difference to a known base.\n"
-        "MODEL is a folder or a .safetensors file.",
+        "MODEL is a folder, a .safetensors file or a hub id (org/name@revision).",
         _NOTES,
     )
     command.string("base", None, "Folder or .safetensors file of the base.")

@@ -18,6 +18,7 @@ COMMANDS = {
     "report": "the table and report.html of a former run again",
     "extract": "adapters of merged models whose base is known",
     "merge": "merge a PEFT adapter into its base, by a chosen rounding",
+    "group": "which of many models share a base; one recover per group",
     "demo": "recover a real sentence encoder from five real fine-tunes",
 }
 _INTERRUPTED = 130

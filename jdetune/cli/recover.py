@@ -1,5 +1,6 @@
 """``jdetune recover``: base and adapters from merged models."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,12 +23,20 @@ def make_command() -> Command:
         "recover",
         "jdetune recover MODEL MODEL MODEL... --out=DIR [flags]",
         "Recovers the weights before fine-tuning, and every model's LoRA adapter, from three or\n"
-        "more models that were fine-tuned from one base and merged. MODEL is a folder or a\n"
-        ".safetensors file.",
+        "more models that were fine-tuned from one base and merged. MODEL is a folder, a\n"
+        ".safetensors file or, with huggingface_hub, an id org/name or org/name@revision.",
         _NOTES,
     )
     command.string("out", None, "Folder to write: base/, adapters/, report.json.")
     command.boolean("overwrite", False, "Replace a former output of jdetune in --out.")
+    add_run_flags(command)
+    command.platform()
+    common.add_process_flags(command)
+    return command
+
+
+def add_run_flags(command: Command) -> None:
+    """Flags that say how to recover; ``make_options`` reads them."""
     command.boolean("masks", False, "Also write OUT/masks.safetensors: which elements are certain.")
     command.boolean("dry_run", False, "Say what would be recovered, then stop.")
     command.boolean(
@@ -46,9 +55,6 @@ def make_command() -> Command:
         "Memory that weights may take at a time, such as 8GB, on the host and on a device; fewer "
         "layers are then worked on together, one at the least. Default: a share of what is free.",
     )
-    command.platform()
-    common.add_process_flags(command)
-    return command
 
 
 def add_solver_flags(command: Command) -> None:
@@ -113,6 +119,19 @@ def make_solver(command: Command) -> Any:
         raise UsageError(f"--rank: {error}.") from error
 
 
+def make_options(command: Command, argv: Sequence[str]) -> Any:
+    """The pipeline's options; a field without a line of its own here is the flag of its name."""
+    from jdetune.pipeline import Options
+
+    made = {
+        "solver": make_solver(command),
+        "max_memory": common.parse_size(command["max_memory"], "--max_memory"),
+        "command": command.command_line(argv),
+    }
+    fields = [field.name for field in dataclasses.fields(Options)]
+    return Options(**{name: command[name] for name in fields if name not in made}, **made)
+
+
 def parse_rank(text: str) -> int | float | None:
     """``auto``, an integer or a share, as PEFT has it.
 
@@ -139,17 +158,7 @@ def main(argv: Sequence[str]) -> int:
     if command["out"] is None and not command["dry_run"]:
         raise UsageError("--out=DIR is missing.\nTry: jdetune recover --help")
     processes = common.join_processes(command)
-    options = pipeline.Options(
-        solver=make_solver(command),
-        include=command["include"],
-        exclude=command["exclude"],
-        overwrite=command["overwrite"],
-        masks=command["masks"],
-        trust_remote_code=command["trust_remote_code"],
-        max_memory=common.parse_size(command["max_memory"], "--max_memory"),
-        command=command.command_line(argv),
-        adapter_format=command["adapter_format"],
-    )
+    options = make_options(command, argv)
     with common.progress_bar(command["quiet"] or not processes.first) as progress:
         if command["dry_run"]:
             checkpoints = pipeline.open_models(models, command["trust_remote_code"])
