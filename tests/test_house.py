@@ -49,6 +49,7 @@ LAYERS = [
         "outcomes",
         "merging",
     },
+    {"zoo"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -14,6 +14,8 @@ COMMANDS = {
     "verify": "compare a recovery with a reference and with the merged models",
     "extract": "adapters of merged models whose base is known",
     "merge": "merge a PEFT adapter into its base, by a chosen rounding",
+    "pack": "many merged models in one small store, without loss",
+    "unpack": "the models of a store, byte for byte",
     "demo": "recover a real sentence encoder from five real fine-tunes",
 }
 _INTERRUPTED = 130

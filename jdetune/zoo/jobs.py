@@ -1,0 +1,191 @@
+"""What to encode: every distinct stretch of the models' files once, tensors of a name together."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jdetune.checkpoint.spans import Span
+from jdetune.checkpoint.stacks import factors_of
+from jdetune.report import TensorResult
+from jdetune.solving import left_out_of
+from jdetune.zoo import writing
+from jdetune.zoo.floats import WIDTH
+from jdetune.zoo.scan import Source, width_of
+from jdetune.zoo.store import Item
+from jdetune.zoo.writing import Bytes
+from jdetune.zoo.zstd import Counter
+
+#: Siblings that are tried for a difference.
+_SIBLINGS = 4
+#: Re-merged matrices that take a larger share of their bytes are compared with plain ones.
+_DOUBTFUL = 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """A distinct stretch of bytes, where it occurs first.
+
+    Attributes:
+      digest: of its bytes.
+      model: number of the model.
+      source: where it lies.
+      dtype: of its elements, if it is a tensor's.
+      shared: whether every model has it as a tensor.
+    """
+
+    digest: str
+    model: int
+    source: Bytes
+    dtype: str | None
+    shared: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Contents that are encoded together: those of one tensor name, or a single one."""
+
+    name: str | None
+    contents: tuple[Content, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes to encode."""
+        return sum(content.source.size for content in self.contents)
+
+
+def plan_jobs(sources: Sequence[Source], scans: Sequence[Sequence[Mapping[str, Any]]]) -> list[Job]:
+    """Jobs for the distinct stretches of all files, in order of first occurrence."""
+    owners: dict[str, set[int]] = {}
+    first: dict[str, tuple[int, str, Span]] = {}
+    for model, entries in enumerate(scans):
+        for entry in entries:
+            for start, size, digest, name, dtype, shape in entry["spans"]:
+                owners.setdefault(digest, set()).add(model)
+                span = Span(start, size, name, dtype, tuple(shape))
+                first.setdefault(digest, (model, entry["path"], span))
+    jobs: dict[str, tuple[str | None, list[Content]]] = {}
+    for digest, (model, path, span) in first.items():
+        info = sources[model].checkpoint.tensors.get(span.name or "")
+        known = info is not None and info.file == path
+        where = Bytes(sources[model].file(path), span.start, span.size, width_of(span))
+        shared = span.name is not None and len(owners[digest]) == len(sources) > 1
+        content = Content(digest, model, where, span.dtype, shared)
+        name = span.name if known else None
+        key = f"tensor {name}" if known else f"bytes {digest}"
+        jobs.setdefault(key, (name, []))[1].append(content)
+    return [Job(name, tuple(contents)) for name, contents in jobs.values()]
+
+
+def encode(
+    job: Job,
+    sources: Sequence[Source],
+    found: tuple[Mapping[str, int], TensorResult] | None,
+    folder: Path,
+    level: int,
+    compare: bool,
+) -> dict[str, Any]:
+    """Writes the blobs of a job.
+
+    Args:
+      job: what to encode.
+      sources: the models.
+      found: the places of the models in the recovery by name, and what was recovered of the tensor.
+      folder: for blobs.
+      level: of zstandard.
+      compare: also measure what each content takes as it is.
+
+    Returns:
+      JSON: ``items``, whose ``of`` counts within the job; ``digests`` to places in it; ``parts`` of
+      re-merged ones; ``shared`` places; ``alone``, bytes of the contents compressed as they are.
+    """
+    merged = {} if found is None else _merge_all(job, sources, *found, folder, level)
+    items: list[Item] = list(merged.pop("items", []))
+    parts = merged.pop("parts", {})
+    places: dict[str, int] = merged.pop("digests", {})
+    siblings: list[tuple[int, Bytes]] = []
+    for content in job.contents:
+        if content.digest in places:
+            continue
+        source = content.source
+        near = [
+            (place, other)
+            for place, other in siblings
+            if (other.size, other.width) == (source.size, source.width)
+        ][-_SIBLINGS:]
+        best = writing.best_sibling(source, [other for _, other in near], level)
+        places[content.digest] = len(items)
+        if best is None:
+            siblings.append((len(items), source))
+            items.append(writing.write_plain(folder, source, level))
+        else:
+            place, other = near[best]
+            items.append(writing.write_delta(folder, source, other, place, level))
+    return {
+        "items": [item.to_json() for item in items],
+        "digests": places,
+        "parts": {str(place): dataclasses.asdict(part) for place, part in parts.items()},
+        "shared": [places[c.digest] for c in job.contents if c.shared],
+        "alone": _alone(job, level) if compare else None,
+    }
+
+
+def _merge_all(
+    job: Job,
+    sources: Sequence[Source],
+    places: Mapping[str, int],
+    result: TensorResult,
+    folder: Path,
+    level: int,
+) -> dict[str, Any]:
+    """Base and re-merged matrices of what a recovery explains; empty if not worth it."""
+    recovery = result.recovery
+    explained = [
+        c
+        for c in job.contents
+        if c.dtype in WIDTH
+        and (place := places.get(sources[c.model].name)) is not None
+        and not left_out_of([result], place, damaged=True)
+    ]
+    if recovery is None or result.status != "recovered" or not explained:
+        return {}
+    dtypes = [c.dtype for c in explained if c.dtype is not None]
+    base = writing.stored_base(np.asarray(recovery.base), dtypes)
+    item = writing.write_base(folder, base, dtypes, level)
+    if item is None:
+        return {}
+    items, parts, digests = [item], {}, {}
+    for content in explained:
+        place = places[sources[content.model].name]
+        pair = factors_of({"": recovery}, place)[""]
+        made = writing.write_merge(folder, content.source, str(content.dtype), base, 0, pair, level)
+        if made is not None:
+            digests[content.digest] = len(items)
+            parts[len(items)] = made[1]
+            items.append(made[0])
+    raw = sum(c.source.size for c in explained if c.digest in digests)
+    taken = sum(i.stored for i in items)
+    if not digests or (
+        taken > _DOUBTFUL * raw and taken > _plain_size(job, digests, folder, level)
+    ):
+        return {}
+    return {"items": items, "parts": parts, "digests": digests}
+
+
+def _plain_size(job: Job, digests: Mapping[str, int], folder: Path, level: int) -> int:
+    """Bytes that contents take each by itself."""
+    own = [c.source for c in job.contents if c.digest in digests]
+    return sum(writing.write_plain(folder, source, level).stored for source in own)
+
+
+def _alone(job: Job, level: int) -> int:
+    """Bytes of the contents, each compressed as it is."""
+    total = 0
+    for content in job.contents:
+        counter = Counter(level)
+        for block in content.source.read():
+            counter.add(block)
+        total += counter.end()
+    return total
