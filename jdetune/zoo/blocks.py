@@ -12,6 +12,8 @@ from jdetune.zoo.zstd import StoreError, join, split, squeeze, unsqueeze
 
 #: Raw bytes of a block, but for the last of an object.
 BLOCK = 1 << 22
+#: Bytes by which the encoding of a larger block is chosen.
+_SAMPLE = 1 << 18
 BYTES, PLANES, ROTATED, STEPS, FLIPS = range(5)
 
 
@@ -29,8 +31,14 @@ def encode(data: bytes, width: int, level: int, sibling: bytes | None = None) ->
         kinds = [PLANES, BYTES] + [ROTATED] * (width < 8)
         if sibling is not None:
             kinds += [STEPS, FLIPS] if width < 8 else [FLIPS]
-    found = (bytes([kind]) + _encode(kind, data, width, level, sibling) for kind in kinds)
-    return min(found, key=len)
+    if len(data) > 2 * _SAMPLE and len(kinds) > 1:
+        start = (len(data) - _SAMPLE) // 2 // width * width
+        part = slice(start, start + _SAMPLE)
+        other = None if sibling is None else sibling[part]
+        found = {kind: len(_encode(kind, data[part], width, level, other)) for kind in kinds}
+        kinds = [min(kinds, key=found.__getitem__)]
+    encoded = (bytes([kind]) + _encode(kind, data, width, level, sibling) for kind in kinds)
+    return min(encoded, key=len)
 
 
 def decode(block: bytes, size: int, width: int, sibling: bytes | None = None) -> bytes:

@@ -64,8 +64,10 @@ def planes(values: np.ndarray) -> list[bytes]:
 
 def from_planes(parts: list[bytes]) -> np.ndarray:
     """The inverse of ``planes``, for one, two, four or eight of one length."""
-    stacked = np.stack([np.frombuffer(part, np.uint8) for part in parts], axis=1)
-    return np.ascontiguousarray(stacked).view(f"<u{len(parts)}").reshape(-1)
+    joined = np.empty((len(parts[0]), len(parts)), np.uint8)
+    for place, part in enumerate(parts):
+        joined[:, place] = np.frombuffer(part, np.uint8)
+    return joined.view(f"<u{len(parts)}").reshape(-1)
 
 
 def rotate(bits: np.ndarray, left: bool = True) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jdetune.checkpoint.reader import numpy_dtype
 from jdetune.checkpoint.spans import Span
 from jdetune.checkpoint.stacks import factors_of
 from jdetune.report import TensorResult
@@ -22,6 +23,8 @@ from jdetune.zoo.zstd import Counter
 _SIBLINGS = 4
 #: Re-merged matrices that take a larger share of their bytes are compared with plain ones.
 _DOUBTFUL = 0.6
+#: Elements of a matrix whose difference to a sibling is factored, and failures until none is.
+_LEAST, _MOST, _TRIES = 1 << 10, 1 << 26, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Content:
       model: number of the model.
       source: where it lies.
       dtype: of its elements, if it is a tensor's.
+      shape: of the tensor.
       shared: whether every model has it as a tensor.
     """
 
@@ -40,7 +44,13 @@ class Content:
     model: int
     source: Bytes
     dtype: str | None
+    shape: tuple[int, ...]
     shared: bool
+
+    def array(self) -> np.ndarray:
+        """The tensor's elements."""
+        data = np.frombuffer(b"".join(self.source.read()), numpy_dtype(str(self.dtype)))
+        return data.reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +82,7 @@ def plan_jobs(sources: Sequence[Source], scans: Sequence[Sequence[Mapping[str, A
         known = info is not None and info.file == path
         where = Bytes(sources[model].file(path), span.start, span.size, width_of(span))
         shared = span.name is not None and len(owners[digest]) == len(sources) > 1
-        content = Content(digest, model, where, span.dtype, shared)
+        content = Content(digest, model, where, span.dtype, span.shape, shared)
         name = span.name if known else None
         key = f"tensor {name}" if known else f"bytes {digest}"
         jobs.setdefault(key, (name, []))[1].append(content)
@@ -105,7 +115,8 @@ def encode(
     items: list[Item] = list(merged.pop("items", []))
     parts = merged.pop("parts", {})
     places: dict[str, int] = merged.pop("digests", {})
-    siblings: list[tuple[int, Bytes]] = []
+    siblings: list[tuple[int, Content]] = []
+    tries = _TRIES
     for content in job.contents:
         if content.digest in places:
             continue
@@ -113,16 +124,25 @@ def encode(
         near = [
             (place, other)
             for place, other in siblings
-            if (other.size, other.width) == (source.size, source.width)
-        ][-_SIBLINGS:]
-        best = writing.best_sibling(source, [other for _, other in near], level)
+            if (other.source.size, other.source.width) == (source.size, source.width)
+        ]
         places[content.digest] = len(items)
+        made = None
+        if near and tries and _is_matrix(content) and near[0][1].shape == content.shape:
+            made = _merge_with(near[0][1], near[0][0], content, folder, level)
+            tries -= made is None
+        if made is not None:
+            parts[len(items)] = made[1]
+            items.append(made[0])
+            continue
+        near = near[-_SIBLINGS:]
+        best = writing.best_sibling(source, [other.source for _, other in near], level)
         if best is None:
-            siblings.append((len(items), source))
+            siblings.append((len(items), content))
             items.append(writing.write_plain(folder, source, level))
         else:
             place, other = near[best]
-            items.append(writing.write_delta(folder, source, other, place, level))
+            items.append(writing.write_delta(folder, source, other.source, place, level))
     return {
         "items": [item.to_json() for item in items],
         "digests": places,
@@ -172,6 +192,36 @@ def _merge_all(
     ):
         return {}
     return {"items": items, "parts": parts, "digests": digests}
+
+
+def _is_matrix(content: Content) -> bool:
+    """Whether a low-rank difference to a sibling could be worth it, and found in bounded time."""
+    size = content.source.size // content.source.width
+    return len(content.shape) == 2 and content.dtype in WIDTH and _LEAST <= size <= _MOST
+
+
+def _merge_with(
+    sibling: Content, of: int, content: Content, folder: Path, level: int
+) -> tuple[Item, writing.Parts] | None:
+    """A matrix as a sibling plus an update of low rank; None where their difference is not low.
+
+    Any base does to get the bytes back: so a sibling is one where none could be recovered.
+    """
+    from jdetune.solvers.known_base import extract_update
+
+    base, merged = sibling.array(), content.array()
+    if sibling.dtype != content.dtype or not (_finite(base) and _finite(merged)):
+        return None
+    update = extract_update(base, merged)
+    if not update.low_rank:
+        return None
+    pair = (update.left, update.right)
+    made = writing.write_merge(folder, content.source, str(content.dtype), base, of, pair, level)
+    return made if made is not None and made[0].stored < _DOUBTFUL * content.source.size else None
+
+
+def _finite(array: np.ndarray) -> bool:
+    return bool(np.all(np.isfinite(array)))
 
 
 def _plain_size(job: Job, digests: Mapping[str, int], folder: Path, level: int) -> int:

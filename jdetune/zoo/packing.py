@@ -4,29 +4,26 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jdetune import outfolder
 from jdetune.checkpoint.index import read_json
 from jdetune.checkpoint.writer import save_json
-from jdetune.errors import InputError, JdetuneError, OutputError, VerificationError
+from jdetune.errors import InputError, JdetuneError, OutputError
 from jdetune.pipeline import Options as RecoverOptions
 from jdetune.pipeline import plan_models, version
 from jdetune.report import TensorResult
 from jdetune.solving import Progress, RecoverFn, solve_one_base
 from jdetune.zoo import jobs as work
-from jdetune.zoo.reading import Blobs, decode
+from jdetune.zoo.finishing import Meter, assemble, check, sweep
+from jdetune.zoo.reading import Blobs
 from jdetune.zoo.scan import Source, check_unchanged, open_sources, scan
 from jdetune.zoo.store import (
     BLOBS,
     MANIFEST,
     MAX_MANIFEST,
-    File,
-    Item,
-    Manifest,
-    Model,
     write_manifest,
 )
 from jdetune.zoo.summary import summarise
@@ -91,13 +88,13 @@ def run(
     scans = _scan_all(sources, root, options, progress)
     found, reasons = _recover(sources, root, options, progress, recover_fn)
     done = _encode_all(sources, scans, found, root, options, progress)
-    manifest = _assemble(sources, scans, done)
+    manifest = assemble(sources, scans, done)
     write_manifest(stage / MANIFEST, manifest, jdetune_version=version(), level=options.level)
     size = (stage / MANIFEST).stat().st_size
     if size > MAX_MANIFEST:
         raise OutputError(f"--out={out}: too many tensors for one store. Pack fewer models.")
-    _sweep(root / BLOBS, manifest)
-    _check(manifest, root, progress)
+    sweep(root / BLOBS, manifest)
+    check(manifest, root, progress)
     for source in sources:
         check_unchanged(source)
     report = {
@@ -250,68 +247,3 @@ def _is_there(entry: Mapping[str, Any], root: Path) -> bool:
     """Whether the blobs of a job that was done are still there."""
     blobs = Blobs(root)
     return all(blobs.path(item["blob"]).is_file() for item in entry["items"])
-
-
-def _assemble(
-    sources: Sequence[Source],
-    scans: Sequence[Sequence[Mapping[str, Any]]],
-    done: Sequence[Mapping[str, Any]],
-) -> Manifest:
-    items: list[Item] = []
-    places: dict[str, int] = {}
-    for entry in done:
-        first = len(items)
-        for value in entry["items"]:
-            shape = tuple(value["shape"]) if "shape" in value else None
-            of = first + value["of"] if "of" in value else None
-            items.append(Item(**{**value, "shape": shape, "of": of}))
-        places |= {digest: first + place for digest, place in entry["digests"].items()}
-    models = []
-    for source, entries in zip(sources, scans, strict=True):
-        files = [
-            File(e["path"], e["size"], e["sha256"], tuple(places[span[2]] for span in e["spans"]))
-            for e in entries
-        ]
-        models.append(Model(source.name, tuple(files)))
-    return Manifest(tuple(models), tuple(items))
-
-
-def _check(manifest: Manifest, root: Path, progress: Progress | None) -> None:
-    """Decodes every file and compares its digest with the original's."""
-    meter = Meter(progress, "check", sum(model.size for model in manifest.models))
-    blobs = Blobs(root)
-    for model in manifest.models:
-        for file in model.files:
-            total = hashlib.sha256()
-            for part in file.parts:
-                for block in decode(manifest.items, part, blobs):
-                    total.update(block)
-                    meter.add(len(block))
-            if total.hexdigest() != file.sha256:
-                raise VerificationError(
-                    f"{model.name}/{file.path}: decoding does not give back what was read. Nothing "
-                    "was put in place. If the file changed meanwhile, run it again; if not, please "
-                    "report this."
-                )
-
-
-def _sweep(folder: Path, manifest: Manifest) -> None:
-    """Removes blobs of encodings that were not taken."""
-    used = {item.blob for item in manifest.items}
-    for path in folder.glob("*/*"):
-        if path.name not in used:
-            path.unlink()
-
-
-class Meter:
-    """Adds up what is done and tells it."""
-
-    def __init__(self, progress: Progress | None, stage: str, total: int) -> None:
-        self._tell: Callable[[str, int, int], None] | None = progress
-        self._stage, self._done, self._total = stage, 0, total
-
-    def add(self, amount: int) -> None:
-        """So much more is done."""
-        self._done += amount
-        if self._tell is not None:
-            self._tell(self._stage, self._done, self._total)

@@ -10,7 +10,7 @@ from jdetune import outfolder
 from jdetune.checkpoint.chunks import digest_file, save_chunks
 from jdetune.errors import InputError, OutputError
 from jdetune.solving import Progress
-from jdetune.zoo.packing import Meter
+from jdetune.zoo.finishing import Meter
 from jdetune.zoo.reading import Blobs, decode
 from jdetune.zoo.store import MANIFEST, File, Manifest, Model, read_manifest
 from jdetune.zoo.zstd import library

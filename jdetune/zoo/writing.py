@@ -18,6 +18,9 @@ from jdetune.zoo.store import MAX_COLS, Item
 FACTOR_ERROR = 0.05
 #: Binary digits of a base beside those of the models; finer ones are noise.
 EXTRA_DIGITS = 3
+#: Updates much larger than the weights take coarser steps, each four times the last; their own
+#: float32 digits end there.
+_COARSER = 6
 #: Share of a sibling's block below which the difference to it is kept.
 _WORTH = 0.97
 _SAMPLE = 1 << 18
@@ -143,7 +146,9 @@ def write_merge(
     rows, cols = base.shape
     if not 0 < cols <= MAX_COLS:
         return None
-    factors = quantise(*pair, FACTOR_ERROR * _typical_step(source, dtype))
+    error = FACTOR_ERROR * _typical_step(source, dtype)
+    tries = (quantise(*pair, error * 4**times) for times in range(_COARSER))
+    factors = next((found for found in tries if found is not None), None)
     if factors is None or factors.right.shape[0] * (rows + cols) > MAX_FACTOR:
         return None
     head = pack_factors(factors, level)
