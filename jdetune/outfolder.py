@@ -112,6 +112,13 @@ def start_stage(out: Path, state: Mapping[str, Any] | None = None, overwrite: bo
     return stage
 
 
+def drop_stage(out: Path) -> None:
+    """Removes OUT/.jdetune, and OUT if nothing else is in it: what was refused leaves no trace."""
+    _remove(out / STAGE)
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+
+
 def _former_state(stage: Path) -> dict[str, Any]:
     """State of an interrupted run; empty if there is none."""
     try:

@@ -8,12 +8,12 @@ from typing import Any
 
 from jdetune import outfolder
 from jdetune.checkpoint.chunks import digest_file, save_chunks
-from jdetune.errors import InputError, OutputError
+from jdetune.errors import InputError, OutputError, VerificationError
 from jdetune.solving import Progress
 from jdetune.zoo.finishing import Meter
 from jdetune.zoo.reading import Blobs, decode
 from jdetune.zoo.store import MANIFEST, File, Manifest, Model, read_manifest
-from jdetune.zoo.zstd import library
+from jdetune.zoo.zstd import StoreError, library
 
 
 def run(
@@ -45,9 +45,15 @@ def run(
     names = [model.name for model in models]
     if not (outfolder.finish_placing(out) and _is_all_done(out, models)):
         outfolder.check_out(out, [store], overwrite=False)
+        _check_room(models, out)
+        blobs = _check_blobs(manifest, models, store, progress)
         state = {"store": {"manifest": digest_file(store / MANIFEST)}, "models": {"names": names}}
         stage = outfolder.start_stage(out, state)
-        _write_all(manifest, models, store, stage, progress)
+        try:
+            _write_all(manifest, models, blobs, stage, progress)
+        except (StoreError, VerificationError):
+            outfolder.drop_stage(out)
+            raise
         root = stage / outfolder.SOLVED
         for name in names:
             (root / name).rename(stage / name)
@@ -88,23 +94,29 @@ def chosen(store: Path, manifest: Manifest, only: Sequence[str]) -> list[Model]:
     return [model for model in manifest.models if not only or model.name in only]
 
 
+def _check_blobs(
+    manifest: Manifest, models: Sequence[Model], store: Path, progress: Progress | None
+) -> Blobs:
+    """Hashes all blobs that the models need, before anything is written."""
+    needed = {part for model in models for file in model.files for part in file.parts}
+    needed |= {of for part in needed if (of := manifest.items[part].of) is not None}
+    blobs, meter = Blobs(store), Meter(progress, "check", len(needed))
+    for part in sorted(needed):
+        blobs.check(manifest.items[part])
+        meter.add(1)
+    return blobs
+
+
 def _write_all(
     manifest: Manifest,
     models: Sequence[Model],
-    store: Path,
+    blobs: Blobs,
     stage: Path,
     progress: Progress | None,
 ) -> None:
-    root, blobs = stage / outfolder.SOLVED, Blobs(store)
-    todo = [(root / model.name / file.path, file) for model in models for file in model.files]
+    root = stage / outfolder.SOLVED
+    todo = _todo(models, root)
     done = {path for path, file in todo if _is_done(path, file)}
-    wanted = sum(file.size for path, file in todo if path not in done)
-    free = shutil.disk_usage(stage).free
-    if wanted > free:
-        raise OutputError(
-            f"{stage.parent}: {wanted} bytes are to be written and {free} are free. Make room, or "
-            "unpack single models with --only."
-        )
     meter = Meter(progress, "unpack", sum(file.size for _, file in todo))
     for model in models:
         (root / model.name).mkdir(exist_ok=True)
@@ -113,6 +125,23 @@ def _write_all(
             meter.add(file.size)
         else:
             save_chunks(path, _content(manifest, file, blobs, meter), file.sha256)
+
+
+def _check_room(models: Sequence[Model], out: Path) -> None:
+    """Raises OutputError where the disk cannot hold what is not there yet."""
+    todo = _todo(models, out / outfolder.STAGE / outfolder.SOLVED)
+    wanted = sum(file.size for path, file in todo if not path.exists())
+    there = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if wanted > free:
+        raise OutputError(
+            f"--out={out}: {wanted} bytes are to be written and {free} are free. Make room, or "
+            "unpack single models with --only."
+        )
+
+
+def _todo(models: Sequence[Model], root: Path) -> list[tuple[Path, File]]:
+    return [(root / model.name / file.path, file) for model in models for file in model.files]
 
 
 def _content(manifest: Manifest, file: File, blobs: Blobs, meter: Meter) -> Iterator[bytes]:

@@ -42,9 +42,9 @@ class Bytes:
     size: int
     width: int
 
-    def read(self, block: int = blocks.BLOCK) -> Iterator[bytes]:
-        """The bytes, block by block."""
-        return read_range(self.path, self.start, self.size, block)
+    def read(self, block: int | None = None) -> Iterator[bytes]:
+        """The bytes, in blocks of a size or as objects are written."""
+        return read_range(self.path, self.start, self.size, block or blocks.BLOCK)
 
 
 @dataclasses.dataclass(frozen=True)
