@@ -42,18 +42,19 @@ def smollm2(root: Path, count: int, dtype: str, trained: bool) -> list[Path]:
     """
     model, tokenizer, _ = real_models.load("smollm2")
     base = root / "base"
-    model.save_pretrained(base)
+    base.mkdir(parents=True)
+    model.config.save_pretrained(base)
+    model.generation_config.save_pretrained(base)
     tokenizer.save_pretrained(base)
+    state = {n: t.numpy() for n, t in model.state_dict().items() if n != "lm_head.weight"}  # tied
+    save_file(state, base / "model.safetensors", {"format": "pt"})
     if trained:
         updates = families.factors("smollm2-sft", count)
     else:
-        weights = {
-            name: value.numpy()
-            for name, value in model.state_dict().items()
-            if name.endswith(("q_proj.weight", "v_proj.weight"))
-        }
+        tuned = ("q_proj.weight", "v_proj.weight")
+        weights = {name: value for name, value in state.items() if name.endswith(tuned)}
         updates = like_trained(weights, count)
-    del model
+    del model, state
     made = []
     for index in range(count):
         own = {name: several[index] for name, several in updates.items()}
@@ -99,8 +100,8 @@ def _profiles() -> list[tuple[float, np.ndarray]]:
     found = []
     for name, several in updates.items():
         for one in several:
-            rank = one.right.shape[0]
-            values = np.linalg.svd(one.update().astype(np.float64), compute_uv=False)[:rank]
+            thin = [np.linalg.qr(side, mode="r") for side in (one.left, one.right.T)]
+            values = one.scaling * np.linalg.svd(thin[0] @ thin[1].T, compute_uv=False)
             size = np.linalg.norm(values)
             found.append((float(size / np.linalg.norm(bases[name])), values / size))
     return found

@@ -59,6 +59,7 @@ def measure(case: str, root: Path, pack_flags: list[str]) -> dict[str, Any]:
         kind = "trained adapters" if trained else "random adapters with trained spectra"
         what = f"{count} SmolLM2-135M, {dtype}, {kind}"
         paths = merged_folders.smollm2(root / "models", count, dtype, trained)
+    what += f" ({' '.join(pack_flags)})" if pack_flags else ""
     load = os.getloadavg()[0]
     store, back = root / "store", root / "back"
     report, packing = _run(["pack", *map(str, paths), f"--out={store}", *pack_flags])
