@@ -65,14 +65,16 @@ def sweep(folder: Path, manifest: Manifest) -> None:
 
 
 class Meter:
-    """Adds up what is done and tells it."""
+    """Adds up what is done and tells it, in megabytes."""
 
-    def __init__(self, progress: Progress | None, stage: str, total: int) -> None:
+    def __init__(
+        self, progress: Progress | None, stage: str, total: int, unit: int = 1_000_000
+    ) -> None:
         self._tell: Callable[[str, int, int], None] | None = progress
-        self._stage, self._done, self._total = stage, 0, total
+        self._stage, self._unit, self._done, self._total = stage, unit, 0, -(-total // unit)
 
     def add(self, amount: int) -> None:
         """So much more is done."""
         self._done += amount
         if self._tell is not None:
-            self._tell(self._stage, self._done, self._total)
+            self._tell(self._stage, min(-(-self._done // self._unit), self._total), self._total)

@@ -33,15 +33,15 @@ class Content:
 
     Attributes:
       digest: of its bytes.
-      model: number of the model.
-      source: where it lies.
+      models: numbers of the models that have it, in order.
+      source: where it lies in the first.
       dtype: of its elements, if it is a tensor's.
       shape: of the tensor.
       shared: whether every model has it as a tensor.
     """
 
     digest: str
-    model: int
+    models: tuple[int, ...]
     source: Bytes
     dtype: str | None
     shape: tuple[int, ...]
@@ -82,7 +82,8 @@ def plan_jobs(sources: Sequence[Source], scans: Sequence[Sequence[Mapping[str, A
         known = info is not None and info.file == path
         where = Bytes(sources[model].file(path), span.start, span.size, width_of(span))
         shared = span.name is not None and len(owners[digest]) == len(sources) > 1
-        content = Content(digest, model, where, span.dtype, span.shape, shared)
+        own = tuple(sorted(owners[digest]))
+        content = Content(digest, own, where, span.dtype, span.shape, shared)
         name = span.name if known else None
         key = f"tensor {name}" if known else f"bytes {digest}"
         jobs.setdefault(key, (name, []))[1].append(content)
@@ -162,30 +163,28 @@ def _merge_all(
 ) -> dict[str, Any]:
     """Base and re-merged matrices of what a recovery explains; empty if not worth it."""
     recovery = result.recovery
-    explained = [
-        c
-        for c in job.contents
-        if c.dtype in WIDTH
-        and (place := places.get(sources[c.model].name)) is not None
-        and not left_out_of([result], place, damaged=True)
-    ]
+    explained: list[tuple[Content, int]] = []
+    for content in job.contents:
+        known = [places[n] for i in content.models if (n := sources[i].name) in places]
+        fit = [place for place in known if not left_out_of([result], place, damaged=True)]
+        if fit and content.dtype in WIDTH:
+            explained.append((content, fit[0]))
     if recovery is None or result.status != "recovered" or not explained:
         return {}
-    dtypes = [c.dtype for c in explained if c.dtype is not None]
+    dtypes = [str(c.dtype) for c, _ in explained]
     base = writing.stored_base(np.asarray(recovery.base), dtypes)
     item = writing.write_base(folder, base, dtypes, level)
     if item is None:
         return {}
     items, parts, digests = [item], {}, {}
-    for content in explained:
-        place = places[sources[content.model].name]
+    for content, place in explained:
         pair = factors_of({"": recovery}, place)[""]
         made = writing.write_merge(folder, content.source, str(content.dtype), base, 0, pair, level)
         if made is not None:
             digests[content.digest] = len(items)
             parts[len(items)] = made[1]
             items.append(made[0])
-    raw = sum(c.source.size for c in explained if c.digest in digests)
+    raw = sum(c.source.size for c, _ in explained if c.digest in digests)
     taken = sum(i.stored for i in items)
     if not digests or (
         taken > _DOUBTFUL * raw and taken > _plain_size(job, digests, folder, level)

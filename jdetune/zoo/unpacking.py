@@ -100,7 +100,7 @@ def _check_blobs(
     """Hashes all blobs that the models need, before anything is written."""
     needed = {part for model in models for file in model.files for part in file.parts}
     needed |= {of for part in needed if (of := manifest.items[part].of) is not None}
-    blobs, meter = Blobs(store), Meter(progress, "check", len(needed))
+    blobs, meter = Blobs(store), Meter(progress, "check", len(needed), unit=1)
     for part in sorted(needed):
         blobs.check(manifest.items[part])
         meter.add(1)

@@ -70,7 +70,7 @@ def test_trimmed_values_are_the_nearest_with_fewer_digits():
     wanted = np.ldexp(np.rint(np.ldexp(values.astype(np.float64), 11 - exponent)), exponent - 11)
     assert np.array_equal(trimmed, wanted.astype(np.float32))
     assert np.array_equal(floats.trim(values, 24), values)
-    odd = np.float32([np.inf, -np.inf, 0.0])
+    odd = np.array([np.inf, -np.inf, 0.0], np.float32)
     assert np.array_equal(floats.trim(odd, 11), odd)
 
 

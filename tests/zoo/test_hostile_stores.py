@@ -37,7 +37,7 @@ def change(store, edit):
     path.write_text(json.dumps(content))
 
 
-def refused(store, error=StoreError, match=None):
+def refused(store, error: type[JdetuneError] = StoreError, match=None):
     out = store.parent / "out"
     before = {p for p in store.parent.rglob("*") if not p.is_relative_to(store)}
     begin = time.monotonic()

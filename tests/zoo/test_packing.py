@@ -63,6 +63,33 @@ def test_differing_matrices_are_merged_again_and_equal_tensors_kept_once(tmp_pat
     assert 0 < report["by_kind"]["factors"] < report["bytes_out"]
 
 
+def test_models_in_other_shards_and_dtypes(tmp_path):
+    family = pico.make(tmp_path / "zoo", 4)
+    for index, (shards, dtype) in enumerate([(1, None), (3, None), (2, np.float16)]):
+        path, model = family.paths[index], family.models[index]
+        (path / "model.safetensors").unlink()
+        stored = model if dtype is None else {n: t.astype(dtype) for n, t in model.items()}
+        pico.write(path, stored, shards=shards)
+    pack(family, tmp_path / "store")
+    # one matrix is fine-tuned in no model, and comes in two dtypes
+    assert kinds(tmp_path / "store").count("merge") == 16 + 2
+    unpacking.run(tmp_path / "store", tmp_path / "back")
+    assert same(family.paths, tmp_path / "back")
+
+
+def test_progress_is_told_in_megabytes(tmp_path):
+    family = zoo(tmp_path / "zoo", 3)
+    told = []
+    packing.run(
+        family.paths,
+        tmp_path / "store",
+        progress=lambda *step: told.append(step),
+        recover_fn=pico.truth_teller(family.base),
+    )
+    for stage in ("read", "pack", "check"):
+        assert [s for s in told if s[0] == stage][-1] == (stage, 1, 1)
+
+
 @pytest.mark.slow
 def test_real_recovery_explains_the_models(tmp_path):
     family = pico.make(tmp_path / "zoo", 4)
@@ -125,7 +152,7 @@ def test_other_models_files_and_duplicates_are_kept(tmp_path):
         "half": rng.standard_normal((7, 3)),
         "whole": rng.integers(0, 9, (4, 4, 4)),
         "nan": np.full((48, 32), np.nan, np.float32),
-        "scalar": np.float32(3).reshape(()),
+        "scalar": np.array(3, np.float32),
         "eight": rng.standard_normal(40).astype(ml_dtypes.float8_e4m3fn),
     }
     alone = tmp_path / "alone.safetensors"

@@ -68,11 +68,10 @@ def test_the_order_of_directions_does_not_matter():
 def test_the_sum_does_not_depend_on_threads_or_on_the_processor_s_kernels():
     code = (
         "import hashlib, numpy as np\n"
-        "from tests.zoo.test_remerge import factors\n"
-        "from jdetune.zoo.reading import summed\n"
-        "_, _, found = factors(300, 200, 16)\n"
-        "base = np.random.default_rng(1).standard_normal((300, 200)).astype(np.float32)\n"
-        "total = summed(base.tobytes(), 'float32', found, slice(None))\n"
+        "from jdetune.zoo.remerge import quantise\n"
+        "rng = np.random.default_rng(0)\n"
+        "base, left, right = (rng.standard_normal(s) for s in ((300, 200), (300, 16), (16, 200)))\n"
+        "total = base + quantise(left, right, 1e-7).update(slice(None))\n"
         "print(hashlib.sha256(total.tobytes()).hexdigest())\n"
     )
     settings = [
