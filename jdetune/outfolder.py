@@ -18,7 +18,11 @@ SOLVED = "solved"
 _STATE = "state.json"
 _PLACING = "placing.json"
 #: What jdetune leaves in OUT, in the order it is put in place; nothing else is ever removed.
-PRODUCTS = ("base", "adapters", "merged", "masks.safetensors", "report.html", "report.json")
+PRODUCTS = (
+    *("base", "adapters", "merged", "blobs"),
+    *("masks.safetensors", "manifest.json", "report.html", "report.json"),
+)
+_SCHEMAS = ("jdetune.report/", "jdetune.pack/")
 #: Bytes of a model's name: some disks take 255 in all, and other words are added to it.
 _MAX_NAME = 100
 _RESERVED = {"con", "prn", "aux", "nul"} | {f"{p}{k}" for p in ("com", "lpt") for k in range(10)}
@@ -118,6 +122,13 @@ def start_stage(out: Path, state: Mapping[str, Any] | None = None, overwrite: bo
     return stage
 
 
+def drop_stage(out: Path) -> None:
+    """Removes OUT/.jdetune, and OUT if nothing else is in it: what was refused leaves no trace."""
+    _remove(out / STAGE)
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+
+
 def _former_state(stage: Path) -> dict[str, Any]:
     """State of an interrupted run; empty if there is none."""
     try:
@@ -126,17 +137,22 @@ def _former_state(stage: Path) -> dict[str, Any]:
         return {}
 
 
-def place(out: Path, stage: Path) -> None:
+def place(out: Path, stage: Path, products: Sequence[str] = PRODUCTS) -> None:
     """Puts what was built in place of a former output; the report comes last.
 
     The former output is moved aside first and removed at the very end; if a step between fails, it
     is moved back. If the process is killed, ``finish_placing`` goes on.
+
+    Args:
+      out: the output folder.
+      stage: where it was built.
+      products: names that an output may have, in the order they are put in place.
     """
-    new = [name for name in PRODUCTS if os.path.lexists(stage / name)]
+    new = [name for name in products if os.path.lexists(stage / name)]
     moved: list[tuple[Path, Path]] = []
-    save_json(stage / _PLACING, {"products": new})
+    save_json(stage / _PLACING, {"products": new, "known": list(products)})
     try:
-        _move_all(out, stage, new, moved)
+        _move_all(out, stage, new, products, moved)
     except BaseException as error:
         for source, target in reversed(moved):
             target.rename(source)
@@ -153,14 +169,21 @@ def finish_placing(out: Path) -> bool:
     if not (stage / _PLACING).exists():
         return False
     try:
-        _move_all(out, stage, read_json(stage / _PLACING)["products"], [])
+        placing = read_json(stage / _PLACING)
+        _move_all(out, stage, placing["products"], placing["known"], [])
     except OSError as error:
         raise WriteError(f"--out={out}: cannot be finished ({error}); see {stage}.") from error
     _remove_stage(out, stage)
     return True
 
 
-def _move_all(out: Path, stage: Path, new: list[str], moved: list[tuple[Path, Path]]) -> None:
+def _move_all(
+    out: Path,
+    stage: Path,
+    new: Sequence[str],
+    products: Sequence[str],
+    moved: list[tuple[Path, Path]],
+) -> None:
     """Moves former products aside and new ones in place, but for those that are there already."""
     aside = stage / "former"
     aside.mkdir(exist_ok=True)
@@ -170,7 +193,7 @@ def _move_all(out: Path, stage: Path, new: list[str], moved: list[tuple[Path, Pa
             source.rename(target)
             moved.append((source, target))
 
-    for name in reversed(PRODUCTS):
+    for name in reversed(products):
         if name not in new or os.path.lexists(stage / name):
             move(out / name, aside / name)
     for name in new:
@@ -227,7 +250,7 @@ def _is_empty(out: Path) -> bool:
 def _is_ours(out: Path) -> bool:
     """Whether a former report says that jdetune wrote it."""
     try:
-        return str(read_json(out / "report.json").get("schema", "")).startswith("jdetune.report/")
+        return str(read_json(out / "report.json").get("schema", "")).startswith(_SCHEMAS)
     except InputError:
         return False
 

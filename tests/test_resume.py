@@ -195,8 +195,9 @@ def test_killed_while_the_output_is_put_in_place(tmp_path, monkeypatch, steps):
 
         def unguarded(out, stage):
             new = [name for name in outfolder.PRODUCTS if (stage / name).exists()]
-            outfolder.save_json(stage / outfolder._PLACING, {"products": new})
-            outfolder._move_all(out, stage, new, [])
+            placing = {"products": new, "known": list(outfolder.PRODUCTS)}
+            outfolder.save_json(stage / outfolder._PLACING, placing)
+            outfolder._move_all(out, stage, new, outfolder.PRODUCTS, [])
             outfolder._remove_stage(out, stage)
 
         again = pipeline.Options(overwrite=True)

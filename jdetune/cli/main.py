@@ -19,6 +19,8 @@ COMMANDS = {
     "extract": "adapters of merged models whose base is known",
     "merge": "merge a PEFT adapter into its base, by a chosen rounding",
     "group": "which of many models share a base; one recover per group",
+    "pack": "many merged models in one small store, without loss",
+    "unpack": "the models of a store, byte for byte",
     "demo": "recover a real sentence encoder from five real fine-tunes",
 }
 _INTERRUPTED = 130
