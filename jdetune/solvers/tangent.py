@@ -13,6 +13,9 @@ from jaxtyping import Bool, Float, Int
 
 from jdetune import linalg
 
+#: Conditioning below which directions count as nearly shared.
+NEARLY_SHARED = 1e-2
+
 
 class Tangent(NamedTuple):
     """Bases of the tangent spaces of all updates, in whitened coordinates, and the weights.
@@ -75,7 +78,7 @@ def normal_operator(tangent: Tangent, step: Step) -> Step:
         return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
 
     def one_block(q: Array, index: Array) -> tuple[Array, Array]:
-        share = 1 / slab(tangent.total, index)
+        total = slab(tangent.total, index)
 
         def forth(operands: tuple[Array, ...]) -> Array:
             p, left, right, q, weight = operands
@@ -84,7 +87,7 @@ def normal_operator(tangent: Tangent, step: Step) -> Step:
         weighted = linalg.each_model(
             forth, (step.p, tangent.left, tangent.right, step.q, tangent.weight)
         )
-        mean = linalg.sum_models(weighted) * share
+        mean = linalg.sum_models(weighted) / total  # a rounded reciprocal would be common to all
 
         def back(operands: tuple[Array, ...]) -> tuple[Array, Array]:
             weighted, weight, left, right, q = operands
@@ -193,6 +196,8 @@ def sharper(conditioning: Float[Array, ""] | float) -> Float[Array, ""]:
     """Factor on the squared gradient to stop at, where directions are nearly shared.
 
     Errors along a direction that is shared up to the sine s leave a gradient s^2 as large; they are
-    what the base's error is made of. Float32 gradients bear no more than 1e-8.
+    what the base's error is made of, so there a tenth of the usual tolerance is asked for, too.
+    Float32 gradients bear no more than 1e-10.
     """
-    return jnp.clip(jnp.square(jnp.asarray(conditioning)), 1e-8, 1)
+    value = jnp.asarray(conditioning)
+    return jnp.clip(jnp.square(value) * jnp.where(value < NEARLY_SHARED, 0.01, 1.0), 1e-10, 1)
