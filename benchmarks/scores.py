@@ -15,11 +15,13 @@ import numpy as np
 import jdetune
 from benchmarks.cases import Case, Layer
 from benchmarks.families import Factors
-from jdetune import exact, grids, linalg
+from jdetune import exact, grids, linalg, snap
 from jdetune.certificate import verdict
 from jdetune.metrics import LOG_MSE_FLOOR, exact_fraction, log_mse
-from jdetune.noise import as_merged, merge_variance, spacing
-from jdetune.solvers.likelihood import weighted_base
+from jdetune.noise import as_merged
+from jdetune.solvers.intersection import noise_scales
+from jdetune.solvers.refit import shift_to
+from jdetune.solvers.relative import relative_variance, units_of, view
 from jdetune.stack import narrowest
 
 
@@ -154,17 +156,20 @@ def ceiling(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
 def _snap_true(merged, left, right, dtype: str):
     """``exact.resolve``'s last round with nothing left to fit."""
     models, grid = as_merged(merged), grids.grid(dtype)
-    variance = merge_variance(models, left, right)
-    arithmetic = jnp.maximum(variance - jnp.square(spacing(models).astype(left.dtype)) / 12, 0)
-    centre = grids.nearest(weighted_base(models, left, right, variance), grid)
-    found = exact.snap(
+    units = units_of(models, noise_scales(models, left.dtype))
+    variance = relative_variance(models, left, right, units, "R1")
+    active = jnp.any(right != 0, axis=2)
+    at = view(models, left, right, active, units, variance)
+    arithmetic = jnp.maximum(variance - jnp.square(snap.relative_spacing(models, units)) / 12, 0)
+    centre = grids.nearest(at.base, grid)
+    found = snap.snap(
         weights=models,
-        left=left,
-        right=right,
+        units=units,
+        error=at.error - shift_to(at, centre),
         centre=centre,
         known=jnp.zeros(centre.shape, bool),
         softness=arithmetic,
-        leverage=jnp.zeros(merged.shape, left.dtype),
+        leverage=jnp.zeros_like(arithmetic),
         grid=grid,
     )
     return found.base, found.wrong

@@ -14,22 +14,19 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jdetune import linalg
-from jdetune.noise import fit_variance
-from jdetune.solvers.intersection import Scales
+from jdetune.solvers.relative import Relative, tangent_of
 from jdetune.solvers.tangent import (
-    Linearized,
+    Tangent,
     conjugate_gradients,
-    dot,
     free_information,
-    linearize,
     sharper,
     to_matrices,
     to_tangent,
 )
 from jdetune.status import Status
 
-#: Share of the gradient (squared) at which the solve of a replicate stops.
-GOAL = 1e-4
+#: Share of the preconditioned gradient (squared) at which the solve of a replicate stops.
+GOAL = 1e-2
 MAX_STEPS = 1000
 #: Rows and columns never count as surer than this share of the whole layer: one replicate is noisy.
 LEAST_FACTOR = 0.7
@@ -38,10 +35,11 @@ AT_THE_FLOOR = 2.0
 
 
 class Spread(NamedTuple):
-    """Errors of the updates and of the base that rounding alone makes.
+    """Errors of the updates and of the base that rounding alone makes; float32.
 
     Attributes:
-      variance: variance of each update's elements, by leverage times ``factor``.
+      variance: variance of each update's elements, by leverage times ``factor``, in squared units
+        of the layer's rounding error.
       leverage: share of each element's own error that its update takes up.
       amplification: rms error of the base over that with the updates known.
     """
@@ -52,13 +50,7 @@ class Spread(NamedTuple):
 
 
 def spread(
-    variance: Float[Array, "model row col"],
-    left: Float[Array, "model row rank"],
-    right: Float[Array, "model rank col"],
-    active: Bool[Array, "model rank"],
-    scales: Scales,
-    known: Bool[Array, "row col"],
-    conditioning: Array | float = 1.0,
+    at: Relative, known: Bool[Array, "row col"], conditioning: Array | float = 1.0
 ) -> Spread:
     r"""Errors of the updates, from one replicate of the rounding errors.
 
@@ -67,36 +59,28 @@ def spread(
     base is eliminated. The replicate says by which factor this is too small.
 
     Args:
-      variance: of the merged weights' errors (``noise.merge_variance``).
-      left: B of each update.
-      right: A of each update.
-      active: which columns are used.
-      scales: rounding error as row and column factors.
+      at: the layer relative to its base and updates.
       known: where the base is known exactly.
       conditioning: of the closed form.
 
     Returns:
-      Variances in the dtype of the factors.
+      Variances, leverages and amplification.
     """
-    dtype = left.dtype
-    at = linearize(left, right, active, scales, 1 / fit_variance(variance), known)
-    tangent = at.tangent
+    tangent = tangent_of(at, at.weight, known)
     errors = _signs(*tangent.weight.shape) * jax.lax.rsqrt(tangent.weight)
     mean = linalg.sum_models(tangent.weight * errors) / tangent.total
     gradient = to_tangent(tangent, tangent.weight * (errors - mean))
-    goal = (GOAL * sharper(conditioning)).astype(jnp.float32) * dot(gradient, gradient)
-    step, _, _ = conjugate_gradients(tangent, gradient, goal, MAX_STEPS)
+    share = (GOAL * sharper(conditioning)).astype(jnp.float32)
+    step, _ = conjugate_gradients(tangent, gradient, MAX_STEPS, share=share)
     moved = to_matrices(tangent, step)
-    alone = _leverage_variance(at)
-    factor = _power(moved, alone, jnp.where(known, 1e-6, 1.0) * linalg.sum_models(tangent.weight))
-    unknown = jnp.where(known, 0, linalg.sum_models(tangent.weight))
+    alone = _leverage_variance(tangent)
+    whole = linalg.sum_models(tangent.weight)
+    factor = _power(moved, alone, jnp.where(known, 1e-6, 1.0) * whole)
     moved_base = linalg.sum_models(tangent.weight * (errors - moved)) / tangent.total
-    share = jnp.sum(unknown * jnp.square(moved_base)) / jnp.maximum(
-        jnp.sum(~known, dtype=jnp.float32), 1
-    )
-    unit = jnp.square(scales.row[:, None] * scales.col) / at.unit
+    share = jnp.sum(jnp.where(known, 0, whole * jnp.square(moved_base)))
+    share = share / jnp.maximum(jnp.sum(~known, dtype=jnp.float32), 1)
     return Spread(
-        variance=(alone * factor).astype(dtype) * unit,
+        variance=alone * factor,
         leverage=jnp.minimum(alone * tangent.weight, 0.5),
         amplification=jnp.sqrt(share),
     )
@@ -109,13 +93,13 @@ def _signs(n_models: int, row: int, col: int) -> Float[Array, "model row col"]:
     return 1 - 2 * jnp.stack(models).astype(jnp.float32)
 
 
-def _leverage_variance(at: Linearized) -> Float[Array, "model row col"]:
+def _leverage_variance(tangent: Tangent) -> Float[Array, "model row col"]:
     """Variance of the updates' elements if rows and columns were fitted one by one."""
-    free = free_information(at.tangent)
+    free = free_information(tangent)
     rows, cols = _positive(jnp.mean(free, axis=2)), _positive(jnp.mean(free, axis=1))
-    u = jnp.sum(jnp.square(at.tangent.left), axis=2)
-    v = jnp.sum(jnp.square(at.tangent.right), axis=2)
-    whole = _positive(jnp.mean(free, axis=(1, 2)))[:, None, None]
+    u = jnp.sum(jnp.square(tangent.left), axis=2)
+    v = jnp.sum(jnp.square(tangent.right), axis=2)
+    whole = _positive(jnp.mean(rows, axis=1))[:, None, None]
     both = u[:, :, None] * v[:, None, :]
     return u[:, :, None] / cols[:, None, :] + v[:, None, :] / rows[:, :, None] - both / whole
 

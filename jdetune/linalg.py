@@ -33,6 +33,7 @@ def _one_at_a_time(function: Callable[[Array], tuple[Array, ...]]):
 
 
 _eigh = _one_at_a_time(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
+_inverse = _one_at_a_time(lambda matrix: (jnp.linalg.inv(matrix),))
 _qr = _one_at_a_time(lambda matrix: tuple(jnp.linalg.qr(matrix)))
 
 
@@ -45,6 +46,9 @@ def _by_cholesky(matrix: Array) -> tuple[Array, ...]:
 
 _definite = _one_at_a_time(_by_cholesky)
 
+
+#: Elements of a block of rows of all models that stays in a CPU's cache.
+BLOCK_ELEMENTS = 2**18
 #: Blocks that a long float32 product is split into, so that rounding grows with the block.
 FLOAT32_BLOCKS = 16
 
@@ -184,6 +188,35 @@ def inverse_psd(symmetric: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
 def inverse_definite(symmetric: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
     """Inverse of a positive definite matrix, by Cholesky; NaN where it is not definite."""
     return _definite(symmetric)[0]
+
+
+def inverse(square: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
+    """Inverse of a square matrix of full rank."""
+    return _inverse(square)[0]
+
+
+def each_model(function: Callable, operands):
+    """``function`` of every model: one after another on CPU, whose batched products are slow."""
+    return map_batched(function, operands, 1 if jax.default_backend() == "cpu" else 2**30)
+
+
+def row_block(row: int, width: int) -> int:
+    """Rows that are worked on together: a divisor of ``row``; all of them but on CPU.
+
+    Args:
+      row: number of rows.
+      width: elements of one row, all models together.
+
+    Example:
+      >>> row_block(16, 4)
+      16
+    """
+    if jax.default_backend() != "cpu":
+        return row
+    fits = max(BLOCK_ELEMENTS // width, 16)
+    divisors = [size for size in range(1, row + 1) if row % size == 0]
+    best = max(size for size in divisors if size <= max(fits, 1))
+    return best if 4 * best >= fits else row
 
 
 def map_batched(function: Callable, operands, batch_size: int):

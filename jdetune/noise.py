@@ -136,6 +136,7 @@ def merge_variance(
     left: Float[Array, "model row rank"],
     right: Float[Array, "model rank col"],
     rounding: str = "R1",
+    units: tuple[Float[Array, " row"], Float[Array, " col"]] | None = None,
 ) -> Float[Array, "model row col"]:
     r"""Variance of each merged weight's error: rounding to storage, and the merge's arithmetic.
 
@@ -151,27 +152,36 @@ def merge_variance(
       left: B of each update.
       right: A of each update.
       rounding: rule of the merge, R0 to R3.
+      units: row and column factors that errors are measured in; none if None.
 
     Returns:
-      Variances, in the dtype of the factors; never zero.
+      Variances, never zero: float32 if there are units, else in the dtype of the factors.
     """
     models = as_merged(weights)
-    dtype = left.dtype
     again = ROUNDINGS[rounding]
+    dtype, scale = left.dtype, None
+    if units is not None:
+        dtype = jnp.dtype(jnp.float32)
+        left, right = left / units[0][:, None], right / units[1]
+        scale = (1 / units[0][:, None] / units[1]).astype(dtype)
+
+    def size(values: Array, eps: Array, smallest: Array) -> Array:
+        own = ulp(values, eps, smallest).astype(dtype)
+        return own if scale is None else own * scale
 
     def one(operands: tuple[Array, ...]) -> Array:
         stored, eps, smallest, b, a = operands
         gram = linalg.matmul(a, a.T)
         inverse = linalg.inverse_psd(gram)
         rank = jnp.maximum(jnp.sum(inverse * gram), 1)
-        rows = jnp.sum(linalg.matmul(b, gram) * b, axis=1)
-        cols = jnp.sum(linalg.matmul(inverse, a) * a, axis=0)
-        update = linalg.matmul(b, a)
-        walk = 0.72 * rank * jnp.square(update) + 0.36 * rows[:, None] * cols
-        total = jnp.square(ulp(stored, eps, smallest).astype(dtype)) + 2.0**-48 * walk
+        rows = jnp.sum(linalg.matmul(b, gram) * b, axis=1).astype(dtype)
+        cols = jnp.sum(linalg.matmul(inverse, a) * a, axis=0).astype(dtype)
+        update = linalg.matmul(b.astype(dtype), a.astype(dtype))
+        walk = 0.72 * rank.astype(dtype) * jnp.square(update) + 0.36 * rows[:, None] * cols
+        total = jnp.square(size(stored, eps, smallest)) + 2.0**-48 * walk
         if again:
-            own = ulp(update.astype(jnp.float32), eps, smallest).astype(dtype)
-            total = total + again * jnp.square(own)
+            whole = update if scale is None else update / scale
+            total = total + again * jnp.square(size(whole.astype(jnp.float32), eps, smallest))
         return total / 12
 
     parts = (*(jnp.asarray(part) for part in models), left, right)

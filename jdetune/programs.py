@@ -134,41 +134,27 @@ def _polished(
     conditioning: Array,
 ) -> dict[str, Array]:
     """Most likely updates, the base decided on its grid, and the certificate, of one layer."""
-    rule = solver.rounding
-    likely, base, noise, variance, ratio = likelihood.most_likely(
+    likely, base, variance, ratio, at = likelihood.most_likely(
         weights,
         left,
         right,
         ranks,
         scales,
-        rounding=rule,
+        rounding=solver.rounding,
         conditioning=conditioning,
     )
     if solver.base_dtype == "auto":
         amplification = None
         if mixed or finest != "float32":
-            active = jnp.arange(left.shape[2], dtype=jnp.int32) < ranks[:, None]
             nothing = jnp.zeros(base.shape, bool)
-            amplification = certificate.spread(
-                noise, likely.left, likely.right, active, scales, nothing, conditioning
-            ).amplification.astype(base.dtype)
+            amplification = certificate.spread(at, nothing, conditioning).amplification
+            amplification = amplification.astype(base.dtype)
         grid = grids.find_grid(base, variance, finest, amplification, ratio)
     else:
         grid = jnp.int32(STORAGE_DTYPES.index(solver.base_dtype))
     known = [grids.grid(name) for name in STORAGE_DTYPES]
     on = jax.tree.map(lambda *parts: jnp.stack(parts)[grid], *known)
-    final = exact.resolve(
-        weights,
-        likely.left,
-        likely.right,
-        ranks,
-        scales,
-        on,
-        noise,
-        ratio,
-        rule,
-        conditioning,
-    )
+    final, left, right = exact.resolve(weights, at, on, ratio, conditioning)
     snapped = final.snapped
     # one direction that rows and columns nearly share escapes conjugate gradients and a replicate
     mean = jnp.mean(variance)
@@ -178,7 +164,7 @@ def _polished(
     amplification = jnp.maximum(final.amplification, jnp.sqrt(hidden / mean).astype(jnp.float32))
     certain = (snapped.wrong < exact.certain_below(amplification)) & (conditioning >= UNSURE)
     return {
-        **_balanced(final.left, final.right, ranks),
+        **_balanced(left, right, ranks),
         "base": snapped.base.astype(jnp.float32),
         "grid": grid,
         "certain": certain,

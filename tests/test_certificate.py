@@ -7,7 +7,8 @@ import pytest
 import jdetune
 from benchmarks import held_out
 from jdetune import certificate, linalg, synth
-from jdetune.noise import fit_variance, merge_variance
+from jdetune.noise import as_merged
+from jdetune.solvers import relative
 from jdetune.solvers.intersection import noise_scales
 from jdetune.status import Status
 from tests import reference
@@ -53,16 +54,13 @@ def test_amplification_is_that_of_the_dense_normal_matrix(n):
     family = synth.family(n, 18, 14, 2, seed=4, decay=0.5)
     with linalg.scope(FLOAT64):
         left, right = (jnp.asarray(np.stack(x), FLOAT64) for x in (family.left, family.right))
-        variance = merge_variance(family.merged, left, right)
-        found = certificate.spread(
-            variance,
-            left,
-            right,
-            jnp.ones((n, 2), bool),
-            noise_scales(family.merged, FLOAT64),
-            jnp.zeros((18, 14), bool),
-        )
-        fitted = np.asarray(fit_variance(variance))
+        models = as_merged(family.merged)
+        units = relative.units_of(models, noise_scales(family.merged, FLOAT64))
+        variance = relative.relative_variance(models, left, right, units, "R1")
+        at = relative.view(models, left, right, jnp.ones((n, 2), bool), units, variance)
+        found = certificate.spread(at, jnp.zeros((18, 14), bool))
+        unit = np.asarray(units.row)[:, None] * np.asarray(units.col)
+        fitted = np.asarray(1 / at.weight) * unit**2
     exact = dense_errors(family, fitted)
     assert exact > 1.1
     # one replicate of about 200 numbers

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import jdetune
-from jdetune import exact, grids, linalg, synth
+from jdetune import grids, linalg, snap, synth
 from jdetune.noise import as_merged, merge_variance, spacing
+from jdetune.solvers.intersection import noise_scales
+from jdetune.solvers.relative import units_of
 from jdetune.status import Status
 from tests import reference
 
@@ -48,16 +50,18 @@ def test_one_point_in_all_intervals_is_found_by_brute_force():
         wide = jnp.asarray(base.astype(np.float64))
         points = np.stack([np.asarray(grids.step_up(wide, grid, k)) for k in range(-6, 7)])
         fits = ((points[:, None] + left @ right).astype(ml_dtypes.bfloat16) == merged).all(1)
-        units = np.asarray(spacing(as_merged(merged)), np.float64)
         offset = jnp.asarray(points[6 + rng.integers(-1, 2)])
-        found = exact.snap(
+        units = units_of(as_merged(merged), noise_scales(merged, FLOAT64))
+        unit = units.row[:, None] * units.col
+        spaced = np.asarray(spacing(as_merged(merged)), np.float64) / np.asarray(unit)
+        found = snap.snap(
             merged,
-            jnp.asarray(left),
-            jnp.asarray(right),
+            units,
+            ((merged.astype(np.float64) - offset - left @ right) / unit).astype(jnp.float32),
             offset,
             jnp.zeros(base.shape, bool),
-            jnp.asarray(1e-6 * units**2),
-            jnp.zeros(merged.shape),
+            jnp.asarray(1e-6 * spaced**2, jnp.float32),
+            jnp.zeros(merged.shape, jnp.float32),
             grid,
         )
     alone = fits.sum(0) == 1
@@ -211,13 +215,14 @@ def test_log_probability_of_an_interval_is_that_of_the_logistic_distribution():
     rng = np.random.default_rng(0)
     low = np.concatenate([rng.uniform(-60, 60, 500), [-1e4, 30.0, -0.5, 1e-3]])
     high = low + np.concatenate([rng.uniform(1e-3, 40, 500), [1.0, 2e4, 1.0, 1e-3]])
-    a, b = low * exact.LOGISTIC, high * exact.LOGISTIC
     with np.errstate(over="ignore"):
-        mirrored = np.where(a + b > 0, -b, a), np.where(a + b > 0, -a, b)
+        mirrored = np.where(low + high > 0, -high, low), np.where(low + high > 0, -low, high)
     a, b = mirrored  # P(a, b) = P(-b, -a); the log of the difference in float64
     true = b + np.log1p(-np.exp(a - b)) - np.logaddexp(0, a) - np.logaddexp(0, b)
-    tail, outside = exact._inside(jnp.float32(low), jnp.float32(high))
-    width = np.log1p(-np.exp((low - high) * exact.LOGISTIC))  # the same for all grid points
+    middle, half = jnp.float32((low + high) / 2), jnp.float32((high - low) / 2)
+    tail, outside = snap._inside(middle, half, jnp.exp(-2 * half))
+    width = np.log1p(-np.exp(low - high))  # the same for all grid points
     found = width + np.asarray(tail) - np.log(np.asarray(outside))
+    assert np.asarray(outside).max() <= 4
     np.testing.assert_allclose(found, true, rtol=2e-4, atol=2e-4)
     assert np.isfinite(found).all()

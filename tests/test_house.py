@@ -20,7 +20,7 @@ LAYERS = [
     {"noise", "linalg", "result", "rank_schedule", "synth"},
     {"stack", "core", "ranks", "factors"},
     {"solvers"},
-    {"exact", "certificate", "grids"},
+    {"exact", "certificate", "grids", "snap"},
     {
         "sharding",
         "staging",

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from jdetune import linalg
 from jdetune.factors import balanced_factors, keep_energy
-from jdetune.noise import Merged, as_merged, merge_variance, spacing
+from jdetune.noise import Merged, as_merged, spacing
 from jdetune.solvers.intersection import PairFactors, Scales, factor_difference, noise_scales
 from jdetune.solvers.refit import refit
 from jdetune.stack import storage_dtypes
@@ -178,11 +178,7 @@ def _refined(
     b, a = balanced_factors(left[None], core[None], right[None], ranks)
     known = jnp.ones(base.shape, bool)
 
-    def step(_: Array, factors: tuple[Array, Array]) -> tuple[Array, Array]:
-        variance = merge_variance(weights, *factors)
-        return refit(weights, *factors, ranks, scales, base, known, variance)[:2]
-
-    b, a = jax.lax.fori_loop(0, NEWTON_STEPS, step, (b, a))
+    b, a = refit(weights, b, a, ranks, scales, base, known, NEWTON_STEPS)
     eye = jnp.eye(axis, dtype=b.dtype)[None]
     return balanced_factors(b, eye, jnp.swapaxes(a, 1, 2), ranks)
 

@@ -20,9 +20,16 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jdetune import linalg
-from jdetune.noise import Weights, as_merged, fit_variance, merge_variance
+from jdetune.noise import Weights, as_merged
 from jdetune.solvers.intersection import Scales
-from jdetune.solvers.tangent import conjugate_gradients, linearize, move, sharper, to_tangent
+from jdetune.solvers.relative import Relative, moved, relative_variance, tangent_of, units_of, view
+from jdetune.solvers.tangent import (
+    Step,
+    conjugate_gradients,
+    preconditioned_size,
+    sharper,
+    to_tangent,
+)
 
 #: Rounds in float32 arithmetic, whose own error keeps the gradient above the tolerance.
 FLOAT32_ROUNDS = 2
@@ -34,13 +41,14 @@ class Refinement:
 
     Attributes:
       tolerance: stop when the preconditioned gradient is this share of what the rounding error
-        alone would make of it; less where directions are nearly shared.
+        alone would make of it; less where directions are nearly shared. What is left is far below
+        the error that the rounding makes of base and updates.
       max_steps: conjugate gradient steps a round, at the latest.
       rounds: Gauss-Newton steps at the latest; one or two are enough unless directions are nearly
         shared.
     """
 
-    tolerance: float = 1e-2
+    tolerance: float = 0.1
     max_steps: int = 300
     rounds: int = 6
 
@@ -49,7 +57,7 @@ class Refined(NamedTuple):
     """Updates after refinement, as factors, with what the solver has to say.
 
     ``steps`` counts conjugate gradient steps over all rounds; ``reached`` is the preconditioned
-    gradient that the last round started from, as a share of what rounding alone makes of it.
+    gradient at these updates, as a share of what rounding alone makes of it.
     """
 
     left: Float[Array, "model row rank"]
@@ -59,30 +67,23 @@ class Refined(NamedTuple):
     rounds: Int[Array, ""]
 
 
-def weighted_base(
-    weights: Weights,
-    left: Float[Array, "model row rank"],
-    right: Float[Array, "model rank col"],
-    variance: Float[Array, "model row col"],
-) -> Float[Array, "row col"]:
-    """Most likely base for given updates: the mean of W' - M, weighted by inverse variance.
+class MostLikely(NamedTuple):
+    """What ``most_likely`` finds.
 
-    Summed relative to the first model, so that nothing is lost to the size of the weights.
+    Attributes:
+      updates: the refined updates.
+      base: most likely base for them.
+      base_variance: the base's if the updates were known.
+      ratio: rms of the residuals over that of the rounding error; about 1, as what the fitted
+        updates take up is a few percent.
+      at: the layer relative to base and updates.
     """
-    values = jnp.asarray(as_merged(weights).values)
-    dtype = variance.dtype
-    reference = values[0].astype(dtype)
 
-    def add(total: tuple[Array, Array], model: Array) -> tuple[tuple[Array, Array], None]:
-        value = values[model].astype(dtype) - reference
-        value = value - linalg.matmul(left[model], right[model])
-        weight = 1 / variance[model]
-        return (total[0] + weight * value, total[1] + weight), None
-
-    zero = jnp.zeros_like(reference)
-    models = jnp.arange(values.shape[0], dtype=jnp.int32)
-    (moved, total), _ = jax.lax.scan(add, (zero, zero), models)
-    return reference + moved / total
+    updates: Refined
+    base: Float[Array, "row col"]
+    base_variance: Float[Array, "row col"]
+    ratio: Float[Array, ""]
+    at: Relative
 
 
 def refine(
@@ -94,11 +95,8 @@ def refine(
     options: Refinement,
     rounding: str = "R1",
     conditioning: Array | float = 1.0,
-) -> Refined:
+) -> tuple[Refined, Relative]:
     """Gauss-Newton from the closed form to the most likely updates.
-
-    The correction is computed in float32, relative to the rounding error: it needs no more. Base,
-    updates and residuals stay in the dtype of the factors.
 
     Args:
       weights: merged weights of one layer as stored.
@@ -111,61 +109,43 @@ def refine(
       conditioning: of the closed form; see ``sharper``.
 
     Returns:
-      The updates in the dtype of ``left``; the base follows from ``weighted_base``.
+      The updates in the dtype of ``left``, and the layer relative to them.
     """
     models = as_merged(weights)
-    dtype, work = left.dtype, jnp.float32
     active = jnp.arange(left.shape[2], dtype=jnp.int32) < ranks[:, None]
-    freedom = jnp.sum(ranks).astype(dtype) * (left.shape[1] + right.shape[2])
-    rounds = options.rounds if dtype == jnp.float64 else min(options.rounds, FLOAT32_ROUNDS)
+    units = units_of(models, scales)
+    variance = relative_variance(models, left, right, units, rounding)
+    freedom = jnp.sum(ranks).astype(jnp.float32) * (left.shape[1] + right.shape[2])
+    freedom = jnp.maximum(freedom, 1)
+    rounds = options.rounds if left.dtype == jnp.float64 else FLOAT32_ROUNDS
+    goal = freedom * (options.tolerance**2 * sharper(conditioning)).astype(jnp.float32)
 
-    goal_share = options.tolerance**2 * sharper(conditioning)
+    def look(left: Array, right: Array) -> tuple[Relative, Step, Array]:
+        at = view(models, left, right, active, units, variance)
+        tangent = tangent_of(at, at.weight)
+        mean = linalg.sum_models(at.weight * at.error) / tangent.total
+        gradient = to_tangent(tangent, at.weight * (at.error - mean))
+        return at, gradient, preconditioned_size(tangent, gradient)
 
-    def going(carry: Refined) -> Array:
-        return (carry.rounds < rounds) & (jnp.square(carry.reached) > goal_share)
+    def going(carry: tuple) -> Array:
+        found, _, _, size = carry
+        return (found.rounds < min(rounds, options.rounds)) & (size > goal)
 
-    def one_round(carry: Refined) -> Refined:
-        variance = fit_variance(merge_variance(models, carry.left, carry.right, rounding))
-        base = weighted_base(models, carry.left, carry.right, variance)
-        error = residuals(models, base, carry.left, carry.right) / scales.row[:, None] / scales.col
-        size = jnp.sqrt(jnp.mean(jnp.square(error))) + float(jnp.finfo(work).tiny)
-        at = linearize(carry.left, carry.right, active, scales, 1 / variance)
-        gradient = to_tangent(at.tangent, at.tangent.weight * (error / size).astype(work))
-        unit = jnp.maximum(freedom, 1) / at.unit / jnp.square(size)
-        goal = (goal_share * unit).astype(work)
-        z, count, first = conjugate_gradients(at.tangent, gradient, goal, options.max_steps)
-        b, a = move(at, z, size, scales)
-        return Refined(
-            left=b,
-            right=a,
-            steps=carry.steps + count,
-            reached=jnp.sqrt(first.astype(dtype) / unit),
-            rounds=carry.rounds + 1,
-        )
+    def one_round(carry: tuple) -> tuple:
+        found, at, gradient, _ = carry
+        tangent = tangent_of(at, at.weight)
+        step, count = conjugate_gradients(tangent, gradient, options.max_steps, goal)
+        left, right = moved(at, step)
+        at, gradient, size = look(left, right)
+        reached = jnp.sqrt(size / freedom)
+        found = Refined(left, right, found.steps + count, reached, found.rounds + 1)
+        return found, at, gradient, size
 
+    at, gradient, size = look(left, right)
     none = jnp.zeros_like(ranks[0])
-    return jax.lax.while_loop(
-        going, one_round, Refined(left, right, none, jnp.inf + 0 * left[0, 0, 0], none)
-    )
-
-
-class MostLikely(NamedTuple):
-    """What ``most_likely`` finds.
-
-    Attributes:
-      updates: the refined updates.
-      base: most likely base for them.
-      variance: of the merged weights' errors.
-      base_variance: the base's if the updates were known.
-      ratio: rms of the residuals over that of the rounding error; about 1, as what the fitted
-        updates take up is a few percent.
-    """
-
-    updates: Refined
-    base: Float[Array, "row col"]
-    variance: Float[Array, "model row col"]
-    base_variance: Float[Array, "row col"]
-    ratio: Float[Array, ""]
+    start = Refined(left, right, none, jnp.sqrt(size / freedom), none)
+    found, at, _, _ = jax.lax.while_loop(going, one_round, (start, at, gradient, size))
+    return found, at
 
 
 def most_likely(
@@ -193,28 +173,10 @@ def most_likely(
     Returns:
       Updates and base with their variances.
     """
-    models = as_merged(weights)
-    found = refine(models, left, right, ranks, scales, options, rounding, conditioning)
-    variance = merge_variance(models, found.left, found.right, rounding)
-    base = weighted_base(models, found.left, found.right, variance)
-    error = residuals(models, base, found.left, found.right)
+    found, at = refine(weights, left, right, ranks, scales, options, rounding, conditioning)
     n_models = left.shape[0]
-    share = jnp.sum(jnp.square(error)) / jnp.sum(variance)
-    known = 1 / linalg.sum_models(1 / variance)
-    ratio = jnp.sqrt(share * n_models / (n_models - 1))
-    return MostLikely(found, base, variance, known, ratio)
-
-
-def residuals(
-    weights: Weights,
-    base: Float[Array, "row col"],
-    left: Float[Array, "model row rank"],
-    right: Float[Array, "model rank col"],
-) -> Float[Array, "model row col"]:
-    """What base and updates leave over, :math:`W'_i - W - B_i A_i`, one model at a time."""
-
-    def one(operands: tuple[Array, Array, Array]) -> Array:
-        stored, b, a = operands
-        return (stored.astype(base.dtype) - base) - linalg.matmul(b, a)
-
-    return jax.lax.map(one, (jnp.asarray(as_merged(weights).values), left, right))
+    share = jnp.sum(jnp.square(at.error)) / jnp.sum(at.variance)
+    ratio = jnp.sqrt(share * n_models / (n_models - 1)).astype(left.dtype)
+    units = jnp.square(at.units.row[:, None] * at.units.col)
+    known = units / linalg.sum_models(1 / at.variance).astype(left.dtype)
+    return MostLikely(found, at.base, known, ratio, at)

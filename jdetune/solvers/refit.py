@@ -10,13 +10,23 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jdetune.noise import Weights, as_merged, fit_variance
+from jdetune import linalg
+from jdetune.noise import Weights, as_merged
 from jdetune.solvers.intersection import Scales
-from jdetune.solvers.likelihood import residuals, weighted_base
-from jdetune.solvers.tangent import conjugate_gradients, dot, linearize, move, to_tangent
+from jdetune.solvers.relative import (
+    Relative,
+    errors_after,
+    moved,
+    relative_variance,
+    tangent_of,
+    units_of,
+    view,
+    zero_step,
+)
+from jdetune.solvers.tangent import Step, axpy, conjugate_gradients, to_tangent
 
-#: Share of the gradient (squared) at which conjugate gradients stop: one Newton step of several.
-GOAL = 1e-4
+#: Share of the preconditioned gradient, squared, to stop at: this is one Newton step of several.
+GOAL = 1e-2
 MAX_STEPS = 100
 #: Share of least squares in the curvature, which keeps it positive where residuals vanish.
 SHARE = 0.1
@@ -32,9 +42,9 @@ def refit(
     scales: Scales,
     base: Float[Array, "row col"],
     known: Bool[Array, "row col"],
-    variance: Float[Array, "model row col"],
-) -> tuple[Array, Array, Array]:
-    """One Newton step of the updates, with the base fixed where it is known.
+    rounds: int = 1,
+) -> tuple[Array, Array]:
+    """Newton steps of the updates, with the base fixed where it is known.
 
     Args:
       weights: merged weights of one layer as stored.
@@ -44,25 +54,53 @@ def refit(
       scales: rounding error as row and column factors.
       base: the base where it is known; anything elsewhere.
       known: where it is known.
-      variance: of the merged weights' errors (``noise.merge_variance``).
+      rounds: number of steps.
 
     Returns:
-      B and A of the moved updates, and conjugate gradient steps.
+      B and A of the moved updates.
     """
     models = as_merged(weights)
-    dtype, work = left.dtype, jnp.float32
     active = jnp.arange(left.shape[2], dtype=jnp.int32) < ranks[:, None]
-    variance = fit_variance(variance)
-    eliminated = weighted_base(models, left, right, variance)
-    error = residuals(models, jnp.where(known, base.astype(dtype), eliminated), left, right)
-    share = jnp.minimum(jnp.square(error) / (3 * variance), CLIP**2)
-    slope = jnp.where(known, share, 1) / variance
-    curvature = jnp.where(known, 3 * (1 - SHARE) * share + SHARE, 1) / variance
-    at = linearize(left, right, active, scales, curvature, known)
-    force = slope * error * scales.row[:, None] * scales.col / at.unit
-    size = jnp.sqrt(jnp.mean(jnp.square(force))) + float(jnp.finfo(work).tiny)
-    gradient = to_tangent(at.tangent, (force / size).astype(work))
-    goal = GOAL * dot(gradient, gradient)
-    z, count, _ = conjugate_gradients(at.tangent, gradient, goal, MAX_STEPS)
-    b, a = move(at, z, size, scales)
-    return b, a, count
+    units = units_of(models, scales)
+    variance = relative_variance(models, left, right, units, "R1")
+    at = view(models, left, right, active, units, variance)
+    away = shift_to(at, base)
+    step = zero_step(at)
+    for _ in range(rounds):
+        step, _ = newton_step(at, step, away, known)
+    return moved(at, step)
+
+
+def shift_to(at: Relative, base: Float[Array, "row col"]) -> Float[Array, "row col"]:
+    """A base less the one that a layer is relative to, in units of the rounding error."""
+    away = base.astype(at.base.dtype) - at.base
+    return (away / at.units.row[:, None] / at.units.col).astype(jnp.float32)
+
+
+def newton_step(
+    at: Relative,
+    step: Step,
+    away: Float[Array, "row col"],
+    known: Bool[Array, "row col"],
+) -> tuple[Step, Int[Array, ""]]:
+    """One Newton step from updates that were moved already.
+
+    Args:
+      at: the layer relative to its base and updates.
+      step: where the updates are.
+      away: the base where it is known, from ``shift_to``.
+      known: where it is known.
+
+    Returns:
+      Where the updates are then, and conjugate gradient steps.
+    """
+    error = errors_after(at, step)
+    mean = linalg.sum_models(at.weight * error) / linalg.sum_models(at.weight)
+    error = error - jnp.where(known, away, mean)
+    share = jnp.minimum(jnp.square(error) * at.weight / 3, CLIP**2)
+    slope = jnp.where(known, share, 1) * at.weight
+    curvature = jnp.where(known, 3 * (1 - SHARE) * share + SHARE, 1) * at.weight
+    tangent = tangent_of(at, curvature, known)
+    gradient = to_tangent(tangent, slope * error)
+    z, count = conjugate_gradients(tangent, gradient, MAX_STEPS, share=GOAL)
+    return axpy(step, jnp.float32(1), z), count

@@ -13,6 +13,9 @@ from jaxtyping import Bool, Float, Int
 
 from jdetune import linalg
 
+#: Conditioning below which directions count as nearly shared.
+NEARLY_SHARED = 1e-2
+
 
 class Tangent(NamedTuple):
     """Bases of the tangent spaces of all updates, in whitened coordinates, and the weights.
@@ -21,7 +24,7 @@ class Tangent(NamedTuple):
       left: U, orthonormal up to each rank, zero past it.
       right: V, likewise.
       active: which columns are used.
-      weight: inverse variance of each stored element, relative to its mean.
+      weight: inverse variance of each stored element.
       total: sum of the weights over models; infinite where the base is known.
     """
 
@@ -39,28 +42,20 @@ class Step(NamedTuple):
     q: Float[Array, "model col rank"]
 
 
-class Linearized(NamedTuple):
-    """Updates ``left @ core @ right^T`` with their tangent spaces; ``unit`` is weight one."""
-
-    tangent: Tangent
-    left: Float[Array, "model row rank"]
-    core: Float[Array, "model rank rank"]
-    right: Float[Array, "model col rank"]
-    unit: Float[Array, ""]
-
-
 def to_matrices(tangent: Tangent, step: Step) -> Float[Array, "model row col"]:
     r"""The tangent vector as matrices, :math:`P V^T + U Q^T`: one product a model."""
-    left = jnp.concatenate([step.p, tangent.left], axis=2)
-    right = jnp.concatenate([tangent.right, step.q], axis=2)
-    return linalg.contract("mra,mca->mrc", left, right)
+    return linalg.each_model(_matrix, (step.p, tangent.left, tangent.right, step.q))
 
 
 def to_tangent(tangent: Tangent, matrices: Float[Array, "model row col"]) -> Step:
     """The adjoint of ``to_matrices``: matrices projected on the tangent spaces."""
-    p = linalg.contract("mrc,mca->mra", matrices, tangent.right)
-    q = linalg.contract("mrc,mra->mca", matrices, tangent.left)
-    return project(tangent, Step(p, q))
+
+    def one(operands: tuple[Array, ...]) -> Step:
+        matrix, left, right = operands
+        return Step(linalg.matmul(matrix, right), linalg.matmul(left.T, matrix).T)
+
+    step = linalg.each_model(one, (matrices, tangent.left, tangent.right))
+    return project(tangent, Step(*step))
 
 
 def project(tangent: Tangent, step: Step) -> Step:
@@ -72,11 +67,49 @@ def project(tangent: Tangent, step: Step) -> Step:
 
 
 def normal_operator(tangent: Tangent, step: Step) -> Step:
-    """Gauss-Newton matrix times a tangent vector, the base eliminated."""
-    moved = to_matrices(tangent, step)
-    weighted = tangent.weight * moved
-    mean = linalg.sum_models(weighted) / tangent.total
-    return to_tangent(tangent, weighted - tangent.weight * mean)
+    """Gauss-Newton matrix times a tangent vector, the base eliminated.
+
+    On CPU over blocks of rows, whose matrices stay in the cache.
+    """
+    n_models, row, col = tangent.weight.shape
+    size = linalg.row_block(row, n_models * col)
+
+    def slab(array: Array, index: Array, axis: int = 0) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
+
+    def one_block(q: Array, index: Array) -> tuple[Array, Array]:
+        total = slab(tangent.total, index)
+
+        def forth(operands: tuple[Array, ...]) -> Array:
+            p, left, right, q, weight = operands
+            return slab(weight, index) * _matrix((slab(p, index), slab(left, index), right, q))
+
+        weighted = linalg.each_model(
+            forth, (step.p, tangent.left, tangent.right, step.q, tangent.weight)
+        )
+        mean = linalg.sum_models(weighted) / total  # a rounded reciprocal would be common to all
+
+        def back(operands: tuple[Array, ...]) -> tuple[Array, Array]:
+            weighted, weight, left, right, q = operands
+            rest = weighted - slab(weight, index) * mean
+            return linalg.matmul(rest, right), q + linalg.matmul(slab(left, index).T, rest)
+
+        p, q = linalg.each_model(back, (weighted, tangent.weight, tangent.left, tangent.right, q))
+        return q, p
+
+    start = jnp.zeros_like(jnp.swapaxes(step.q, 1, 2))
+    if size == row:
+        q, p = one_block(start, jnp.int32(0))
+    else:
+        q, blocks = jax.lax.scan(one_block, start, jnp.arange(row // size, dtype=jnp.int32))
+        p = jnp.moveaxis(blocks, 0, 1).reshape(step.p.shape)
+    return project(tangent, Step(p, jnp.swapaxes(q, 1, 2)))
+
+
+def _matrix(operands: tuple[Array, ...]) -> Float[Array, "row col"]:
+    p, left, right, q = operands
+    wide = jnp.concatenate([right, q], axis=1)
+    return linalg.matmul(jnp.concatenate([p, left], axis=1), wide.T)
 
 
 def free_information(tangent: Tangent) -> Float[Array, "model row col"]:
@@ -103,19 +136,31 @@ def axpy(x: Step, scale: Array, y: Step) -> Step:
     return Step(x.p + scale * y.p, x.q + scale * y.q)
 
 
+def preconditioned_size(tangent: Tangent, gradient: Step) -> Float[Array, ""]:
+    """Square of a gradient, preconditioned: what conjugate gradients start from."""
+    scale = _preconditioner(tangent)
+    first = project(tangent, Step(gradient.p * scale.p, gradient.q * scale.q))
+    return dot(gradient, first)
+
+
 def conjugate_gradients(
-    tangent: Tangent, gradient: Step, goal: Float[Array, ""], max_steps: int
-) -> tuple[Step, Int[Array, ""], Float[Array, ""]]:
-    """Solves ``normal_operator(z) = gradient`` until the squared residual is below ``goal``.
+    tangent: Tangent,
+    gradient: Step,
+    max_steps: int,
+    goal: Float[Array, ""] | float = 0.0,
+    share: Float[Array, ""] | float = 0.0,
+) -> tuple[Step, Int[Array, ""]]:
+    """Solves ``normal_operator(z) = gradient`` until the preconditioned residual is small.
 
     Args:
       tangent: the tangent spaces.
       gradient: the right-hand side.
-      goal: square of the preconditioned residual to stop at.
       max_steps: steps at the latest.
+      goal: square of the preconditioned residual to stop at.
+      share: of the square at the start, to stop at.
 
     Returns:
-      z, the number of steps, and the square of the preconditioned gradient at the start.
+      z, and the number of steps.
     """
     scale = _preconditioner(tangent)
     tiny = jnp.finfo(gradient.p.dtype).tiny
@@ -125,7 +170,7 @@ def conjugate_gradients(
 
     def going(carry: tuple) -> Array:
         *_, size, count = carry
-        return (count < max_steps) & (size > goal)
+        return (count < max_steps) & (size > least)
 
     def advance(carry: tuple) -> tuple:
         z, residual, direction, size, count = carry
@@ -140,97 +185,19 @@ def conjugate_gradients(
 
     first = precondition(gradient)
     square = dot(gradient, first)
+    least = jnp.maximum(goal, share * square).astype(square.dtype)
     zero = jax.tree.map(jnp.zeros_like, gradient)
     start = (zero, gradient, first, square, jnp.zeros_like(square, dtype=jnp.int32))
     z, _, _, _, count = jax.lax.while_loop(going, advance, start)
-    return z, count, square
+    return z, count
 
 
 def sharper(conditioning: Float[Array, ""] | float) -> Float[Array, ""]:
     """Factor on the squared gradient to stop at, where directions are nearly shared.
 
     Errors along a direction that is shared up to the sine s leave a gradient s^2 as large; they are
-    what the base's error is made of. Float32 gradients bear no more than 1e-8.
+    what the base's error is made of, so there a tenth of the usual tolerance is asked for, too.
+    Float32 gradients bear no more than 1e-10.
     """
-    return jnp.clip(jnp.square(jnp.asarray(conditioning)), 1e-8, 1)
-
-
-def tangent_spaces(
-    left: Float[Array, "model row rank"],
-    right: Float[Array, "model rank col"],
-    active: Bool[Array, "model rank"],
-) -> tuple[Array, Array, Array]:
-    """Orthonormal bases U, V of whitened updates and their cores: ``left @ right = U X V^T``."""
-
-    def one(left: Array, right: Array, active: Array) -> tuple[Array, Array, Array]:
-        u = linalg.orthonormalize_leading(left, active)
-        v = linalg.orthonormalize_leading(right.T, active)
-        return u, v, linalg.matmul(linalg.matmul(u.T, left), linalg.matmul(right, v))
-
-    return jax.vmap(one)(left, right, active)
-
-
-def retract(
-    u: Float[Array, "row rank"],
-    core: Float[Array, "rank rank"],
-    v: Float[Array, "col rank"],
-    p: Float[Array, "row rank"],
-    q: Float[Array, "col rank"],
-) -> tuple[Float[Array, "row rank"], Float[Array, "rank col"]]:
-    r"""Nearest update of the same rank to :math:`U X V^T + P V^T + U Q^T`, as factors."""
-    rank = core.shape[0]
-    left = jnp.concatenate([linalg.matmul(u, core) + p, u], axis=1)
-    right = jnp.concatenate([v, q], axis=1)
-    q_left, q_right = linalg.qr_basis(left), linalg.qr_basis(right)
-    inner = linalg.matmul(linalg.matmul(q_left.T, left), linalg.matmul(right.T, q_right))
-    short = [2 * rank - side for side in inner.shape]
-    turn_left, values, turn_right = linalg.svd_square(jnp.pad(inner, [(0, k) for k in short]))
-    turn_left, turn_right = turn_left[: inner.shape[0]], turn_right[: inner.shape[1]]
-    root = jnp.sqrt(values[:rank])
-    b = linalg.matmul(q_left, turn_left[:, :rank]) * root
-    return b, (linalg.matmul(q_right, turn_right[:, :rank]) * root).T
-
-
-def linearize(
-    left: Float[Array, "model row rank"],
-    right: Float[Array, "model rank col"],
-    active: Bool[Array, "model rank"],
-    scales: tuple[Array, Array],
-    information: Float[Array, "model row col"],
-    known: Bool[Array, "row col"] | None = None,
-) -> Linearized:
-    """Tangent spaces and weights at given updates, whitened by the scales, in float32.
-
-    Args:
-      left: B of each update.
-      right: A of each update.
-      active: which columns are used.
-      scales: rounding error as row and column factors.
-      information: inverse variance of each stored element's error.
-      known: elements whose base is known and is not fitted.
-
-    Returns:
-      The tangent spaces, the cores of the updates in them, and the unit of the weights.
-    """
-    rows, cols = scales[0][:, None], scales[1]
-    u, v, core = tangent_spaces(left / rows, right / cols, active)
-    whitened = information * jnp.square(rows) * jnp.square(cols)
-    unit = jnp.mean(whitened)
-    weight = (whitened / unit).astype(jnp.float32)
-    total = linalg.sum_models(weight)
-    if known is not None:
-        total = jnp.where(known, jnp.inf, total)
-    spaces = Tangent(u.astype(jnp.float32), v.astype(jnp.float32), active, weight, total)
-    return Linearized(spaces, u, core, v, unit)
-
-
-def move(
-    at: Linearized, step: Step, size: Array, scales: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    """Updates moved by ``size * step`` from where they were linearised, as B and A."""
-    dtype = at.left.dtype
-    p, q = (part.astype(dtype) * size for part in step)
-    b, a = jax.vmap(retract)(at.left, at.core, at.right, p, q)
-    keep = at.tangent.active
-    left = jnp.where(keep[:, None, :], b * scales[0][:, None], 0)
-    return left, jnp.where(keep[:, :, None], a * scales[1], 0)
+    value = jnp.asarray(conditioning)
+    return jnp.clip(jnp.square(value) * jnp.where(value < NEARLY_SHARED, 0.01, 1.0), 1e-10, 1)

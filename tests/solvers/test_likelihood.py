@@ -117,6 +117,28 @@ def test_normal_operator_is_symmetric_and_positive():
         assert float(tangents.dot(steps[0], images[0])) > 0
 
 
+@pytest.mark.parametrize("block", [5, 20])
+def test_normal_operator_is_that_of_dense_matrices(block, monkeypatch):
+    """Also in blocks of rows, as on CPU for large layers; against dense matrices in NumPy."""
+    monkeypatch.setattr(linalg, "row_block", lambda row, width: block)
+    rng = np.random.default_rng(3)
+    with linalg.scope(FLOAT64):
+        space = tangent()
+        raw = Step(jnp.asarray(rng.standard_normal((3, 20, 5))),
+                   jnp.asarray(rng.standard_normal((3, 15, 5))))  # fmt: skip
+        step = tangents.project(space, raw)
+        found = tangents.normal_operator(space, step)
+        u, v, w = (np.asarray(part) for part in (space.left, space.right, space.weight))
+        p, q = np.asarray(step.p), np.asarray(step.q)
+        matrices = p @ v.transpose(0, 2, 1) + u @ q.transpose(0, 2, 1)
+        weighted = w * (matrices - (w * matrices).sum(0) / w.sum(0))
+        expected = tangents.project(
+            space, Step(jnp.asarray(weighted @ v), jnp.asarray(weighted.transpose(0, 2, 1) @ u))
+        )
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=1e-12)
+
+
 def test_stops_at_the_stated_gradient():
     family = synth.family(3, 96, 80, 6)
     with linalg.scope(FLOAT64):
@@ -130,7 +152,7 @@ def test_stops_at_the_stated_gradient():
                 jnp.asarray(np.stack(family.right), FLOAT64),
                 jnp.full(3, 6, jnp.int32),
                 scales,
-            )
+            )[0]
             for goal in (1e-1, 1e-4)
         ]
     assert float(found[0].reached) <= 1e-1

@@ -1,0 +1,191 @@
+r"""A layer in units of its rounding error: all that is fitted after the closed form is float32.
+
+Base and updates of the closed form are right up to a few rounding errors. What they leave over,
+and all corrections to them, are small multiples of the rounding error, for which float32 is enough:
+only the residual itself, a difference of large numbers, is computed in the dtype of the factors.
+
+An update is :math:`U X V^T` in whitened coordinates. Moved by a tangent vector it becomes
+:math:`(U X + P)(V + Q X^{-T})^T`, which has the same rank and holds the second-order term too.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from jdetune import linalg
+from jdetune.noise import Merged, fit_variance, merge_variance, spacing
+from jdetune.solvers.intersection import Scales
+from jdetune.solvers.tangent import Step, Tangent
+
+
+class Relative(NamedTuple):
+    """Base and updates of a layer, and what they leave over in units of the rounding error.
+
+    Attributes:
+      units: the unit as row and column factors, in the dtype of the factors.
+      left: U, orthonormal, zero past each rank; float32.
+      right: V, likewise.
+      start: U X and V, in the dtype of the factors: U X V^T are the updates.
+      turn: the inverse of X, transposed; float32.
+      active: which columns are used.
+      base: most likely base for these updates, in the dtype of the factors.
+      error: what base and updates leave over.
+      variance: of the merged weights' errors.
+      weight: inverse variances that a fit weighs by.
+    """
+
+    units: Scales
+    left: Float[Array, "model row rank"]
+    right: Float[Array, "model col rank"]
+    start: tuple[Float[Array, "model row rank"], Float[Array, "model col rank"]]
+    turn: Float[Array, "model rank rank"]
+    active: Bool[Array, "model rank"]
+    base: Float[Array, "row col"]
+    error: Float[Array, "model row col"]
+    variance: Float[Array, "model row col"]
+    weight: Float[Array, "model row col"]
+
+
+def units_of(models: Merged, scales: Scales) -> Scales:
+    """The rms spacing of the stored weights as row and column factors."""
+    dtype, first = scales.row.dtype, Merged(*(part[:1] for part in models))
+    white = spacing(first)[0] / (scales.row[:, None] * scales.col).astype(jnp.float32)
+    others = jnp.mean(jnp.square(jnp.asarray(models.eps / models.eps[0])).astype(dtype))
+    size = jnp.sqrt(jnp.mean(jnp.square(white.astype(dtype))) * others)
+    return Scales(scales.row * jnp.maximum(size, float(jnp.finfo(jnp.float32).tiny)), scales.col)
+
+
+def relative_variance(
+    models: Merged,
+    left: Float[Array, "model row rank"],
+    right: Float[Array, "model rank col"],
+    units: Scales,
+    rounding: str,
+) -> Float[Array, "model row col"]:
+    """``noise.merge_variance`` in units of the rounding error; float32."""
+    return merge_variance(models, left, right, rounding, units)
+
+
+def view(
+    models: Merged,
+    left: Float[Array, "model row rank"],
+    right: Float[Array, "model rank col"],
+    active: Bool[Array, "model rank"],
+    units: Scales,
+    variance: Float[Array, "model row col"],
+) -> Relative:
+    """A layer relative to given updates and the most likely base for them.
+
+    Args:
+      models: merged weights of one layer.
+      left: B of each update, zero past each rank.
+      right: A of each update.
+      active: which columns are used.
+      units: from ``units_of``.
+      variance: from ``relative_variance``.
+    """
+    u, v, through, core = _spaces(left / units.row[:, None], right / units.col, active)
+    weight = 1 / fit_variance(variance)
+    error, base = _errors(models, left, right, units, weight, variance)
+    return Relative(
+        units=units,
+        left=u.astype(jnp.float32),
+        right=v.astype(jnp.float32),
+        start=(through, v),
+        turn=jnp.swapaxes(_inverse(core, active), 1, 2).astype(jnp.float32),
+        active=active,
+        base=base,
+        error=error,
+        variance=variance,
+        weight=weight,
+    )
+
+
+def _spaces(left: Array, right: Array, active: Array) -> tuple[Array, ...]:
+    """U, V, U X and X of whitened updates ``left @ right = U X V^T``, U and V orthonormal."""
+
+    def one(operands: tuple[Array, ...]) -> tuple[Array, ...]:
+        left, right, active = operands
+        u = linalg.orthonormalize_leading(left, active)
+        v = linalg.orthonormalize_leading(right.T, active)
+        through = linalg.matmul(left, linalg.matmul(right, v))
+        return u, v, through, linalg.matmul(u.T, through)
+
+    return linalg.each_model(one, (left, right, active))
+
+
+def _inverse(core: Array, active: Array) -> Array:
+    """Inverses of cores; the identity past each rank."""
+    spare = jnp.where(active, 0, 1).astype(core.dtype)
+    eye = jnp.eye(core.shape[1], dtype=core.dtype)
+    return linalg.inverse(core + eye * spare[:, None])
+
+
+def _errors(
+    models: Merged, left: Array, right: Array, units: Scales, weight: Array, variance: Array
+) -> tuple[Array, Array]:
+    """What is left over with the most likely base, and that base.
+
+    Summed relative to the first model, so that nothing is lost to the size of the weights.
+    """
+    dtype = left.dtype
+    reference = jnp.asarray(models.values)[0].astype(dtype)
+    first = linalg.matmul(left[0], right[0])
+    inverse = 1 / units.row[:, None], 1 / units.col
+
+    def one(operands: tuple[Array, ...]) -> Array:
+        stored, b, a = operands
+        away = (stored.astype(dtype) - reference) - linalg.matmul(b, a) + first
+        return (away * inverse[0] * inverse[1]).astype(jnp.float32)
+
+    error = linalg.each_model(one, (jnp.asarray(models.values), left, right))
+    known = 1 / variance
+    mean = linalg.sum_models(known * error) / linalg.sum_models(known)
+    shift = mean.astype(dtype) * units.row[:, None] * units.col
+    return error - mean, reference + (shift - first)
+
+
+def errors_after(at: Relative, step: Step) -> Float[Array, "model row col"]:
+    """What is left over once the updates are moved, with the base as it was."""
+
+    def one(operands: tuple[Array, ...]) -> Array:
+        error, p, q, left, right, turn = operands
+        return error - _change(p, q, left, right, turn)
+
+    parts = (at.error, step.p, step.q, at.left, at.right, at.turn)
+    return linalg.each_model(one, parts)
+
+
+def _change(p: Array, q: Array, left: Array, right: Array, turn: Array) -> Array:
+    wide = jnp.concatenate([right + linalg.matmul(q, turn), q], axis=1)
+    return linalg.matmul(jnp.concatenate([p, left], axis=1), wide.T)
+
+
+def moved(at: Relative, step: Step) -> tuple[Array, Array]:
+    """Updates moved by a tangent vector, as B and A in their own dtype."""
+    left, right = at.start
+    keep = at.active[:, None, :]
+    b = left + step.p.astype(left.dtype)
+    a = right + linalg.contract("mca,mab->mcb", step.q, at.turn).astype(right.dtype)
+    b = jnp.where(keep, b * at.units.row[:, None], 0)
+    return b, jnp.swapaxes(jnp.where(keep, a * at.units.col[:, None], 0), 1, 2)
+
+
+def tangent_of(
+    at: Relative,
+    weight: Float[Array, "model row col"],
+    known: Bool[Array, "row col"] | None = None,
+) -> Tangent:
+    """Tangent spaces with weights; where the base is known, it is not fitted."""
+    total = linalg.sum_models(weight)
+    if known is not None:
+        total = jnp.where(known, jnp.inf, total)
+    return Tangent(at.left, at.right, at.active, weight, total)
+
+
+def zero_step(at: Relative) -> Step:
+    """The tangent vector that moves nothing."""
+    return jax.tree.map(jnp.zeros_like, Step(at.left, at.right))
