@@ -100,7 +100,7 @@ def _profiles() -> list[tuple[float, np.ndarray]]:
     found = []
     for name, several in updates.items():
         for one in several:
-            thin = [np.linalg.qr(side, mode="r") for side in (one.left, one.right.T)]
+            thin = [np.asarray(np.linalg.qr(side, mode="r")) for side in (one.left, one.right.T)]
             values = one.scaling * np.linalg.svd(thin[0] @ thin[1].T, compute_uv=False)
             size = np.linalg.norm(values)
             found.append((float(size / np.linalg.norm(bases[name])), values / size))

@@ -177,9 +177,9 @@ def _snap_block(
     wrong = functools.reduce(jnp.add, others) / whole
     # on a coarse stride, the grid points that one stride stands for share its probability
     wrong = jnp.where(stride > unit, 1 - (1 - wrong) * unit / jnp.maximum(stride, unit), wrong)
-    reference = models.values[0].astype(jnp.float32)
-    away = linalg.sum_models(models.values.astype(jnp.float32) - reference)
-    mean = nearest(reference + away / models.values.shape[0], grid) - centre
+    stored = jnp.asarray(models.values).astype(jnp.float32)
+    away = linalg.sum_models(stored - stored[0])
+    mean = nearest(stored[0] + away / stored.shape[0], grid) - centre
 
     def expected(at: Array) -> Array:
         """Mean squared distance of the points from one of them."""
@@ -254,7 +254,8 @@ def _chance(centre: Array, deviation: Array, may_be_zero: Array) -> Float[Array,
 
 def _halves(models: Merged, units: Array) -> tuple[Array, Array]:
     """Distances from each stored value down and up to where rounding changes."""
-    at_edge = at_binade(models.values, models.smallest[:, None, None])
+    smallest = jnp.asarray(models.smallest)[:, None, None]
+    at_edge = at_binade(jnp.asarray(models.values), smallest)
     inward = jnp.where(at_edge, 0.25, 0.5) * units
     positive = models.values > 0
     return jnp.where(positive, inward, units / 2), jnp.where(positive, units / 2, inward)

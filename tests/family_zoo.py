@@ -92,7 +92,7 @@ def round_trip(
             wanted = auto.from_pretrained(path).state_dict()
             model = auto.from_pretrained(out / "base")
             if path.name in (rows or {}):
-                model.resize_token_embeddings(rows[path.name], mean_resizing=False)
+                model.resize_token_embeddings((rows or {})[path.name], mean_resizing=False)
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message=".*missing adapter keys.*")
                 tuned = peft.PeftModel.from_pretrained(model, out / "adapters" / path.name)
@@ -119,3 +119,10 @@ def entry(report: dict[str, Any], name: str) -> dict[str, Any]:
 def info(name: str, *shape: int, dtype: str = "float32") -> TensorInfo:
     """Headers of one tensor."""
     return TensorInfo(name, "model.safetensors", dtype, shape)
+
+
+def some_view(info):
+    """``view_of`` a tensor that has matrices."""
+    view = view_of(info)
+    assert view is not None
+    return view

@@ -57,7 +57,7 @@ def test_one_point_in_all_intervals_is_found_by_brute_force():
         found = snap.snap(
             merged,
             units,
-            ((merged.astype(np.float64) - offset - left @ right) / unit).astype(jnp.float32),
+            jnp.asarray((merged.astype(np.float64) - offset - left @ right) / unit, jnp.float32),
             offset,
             jnp.zeros(base.shape, bool),
             jnp.asarray(1e-6 * spaced**2, jnp.float32),

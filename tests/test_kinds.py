@@ -8,7 +8,7 @@ import pytest
 
 from jdetune import merging, pipeline
 from jdetune.checkpoint import merge_peft, open_checkpoint, read_adapter, read_tensor
-from jdetune.checkpoint.shapes import matrices, units, view_of
+from jdetune.checkpoint.shapes import matrices, units
 from jdetune.errors import InputError
 from jdetune.status import Status
 from jdetune.verification import verify
@@ -27,7 +27,7 @@ def family(folder, dtype=np.float32, extra=None, n_models=3):
     for index in range(n_models):
         tensors = {}
         for name, value in base.items():
-            view = view_of(zoo.info(name, *value.shape))
+            view = zoo.some_view(zoo.info(name, *value.shape))
             parts = matrices(value, view)
             ranks = [1 + (index + place) % 2 for place in range(len(parts))]
             merged = [
@@ -44,7 +44,7 @@ def run(folder, base, paths, statuses=None, **options):
     known = {}
     for name, value in base.items():
         info = zoo.info(name, *value.shape)
-        known |= dict(zip(units(info), matrices(value, view_of(info)), strict=True))
+        known |= dict(zip(units(info), matrices(value, zoo.some_view(info)), strict=True))
     teller = pico.truth_teller(known, statuses)
     given = pipeline.Options(**options)
     return pipeline.run(paths, folder / "out", given, recover_fn=teller), folder / "out"
@@ -173,7 +173,7 @@ def test_the_real_solver_on_convolutions_and_stacks(tmp_path):
     for index in range(4):
         tensors = {}
         for name, value in base.items():
-            parts = matrices(value, view_of(zoo.info(name, *value.shape)))
+            parts = matrices(value, zoo.some_view(zoo.info(name, *value.shape)))
             merged = [merge_peft(part, *pico.pair(rng, part.shape, 2)) for part in parts]
             tensors[name] = np.stack(merged).reshape(value.shape)
         paths.append(pico.write(tmp_path / f"tune-{index}", tensors))

@@ -67,6 +67,7 @@ def test_two_ways_are_none():
     )
     assert all(old == new for old, new in names.items())
     assert rules == []
+    assert unclear is not None
     assert "encoder." in unclear
     assert "decoder." in unclear
 
