@@ -74,12 +74,16 @@ def row_spaces(
         found = rowspace.solve_layer(weights, max_rank, batch_size)
         nothing = jnp.zeros((), bool)
         ready = {} if finest is None else _returned(*found[:4], finest)
-        return found._asdict() | ready | {
-            "agree": ~nothing,
-            "shared": nothing,
-            "tail_ratio": found.residual_ratio,
-            "shared_margin": jnp.full_like(found.conditioning, jnp.inf),
-        }
+        return (
+            found._asdict()
+            | ready
+            | {
+                "agree": ~nothing,
+                "shared": nothing,
+                "tail_ratio": found.residual_ratio,
+                "shared_margin": jnp.full_like(found.conditioning, jnp.inf),
+            }
+        )
 
     return over_layers(one, mesh, weights)
 
@@ -107,7 +111,6 @@ def intersect(
 @functools.partial(jax.jit, static_argnames=("finest", "mesh"))
 def unpolished(found: dict[str, Array], finest: str, mesh: Mesh | None = None) -> dict[str, Array]:
     """The closed form as it is returned: base in its dtype, factors balanced."""
-
     one = functools.partial(_returned, finest=finest)
     return over_layers(one, mesh, *(found[name] for name in ("base", "left", "right", "ranks")))
 
