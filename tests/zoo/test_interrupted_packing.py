@@ -60,6 +60,10 @@ def test_packing_goes_on(tmp_path, monkeypatch, target, calls):
         with pytest.raises(Killed):
             packing.run(family.paths, out, recover_fn=teller)
     assert [p.name for p in out.iterdir()] == [".jdetune"]
+    solved = out / ".jdetune" / "solved"
+    (solved / "blobs" / "ab").mkdir(parents=True, exist_ok=True)
+    (solved / "blobs" / ".new.1.tmp").write_bytes(b"half")  # as kill -9 leaves it
+    (solved / "blobs" / "ab" / ".new.1.tmp").write_bytes(b"half")
     with pytest.raises(OutputError, match="other flags"):
         packing.run(family.paths, out, Options(level=5), recover_fn=teller)
     encoded = []
@@ -121,6 +125,7 @@ def test_unpacking_goes_on(tmp_path, monkeypatch, calls):
         with pytest.raises(Killed):
             unpacking.run(store, out)
     assert [p.name for p in out.iterdir()] == [".jdetune"]
+    (out / ".jdetune" / "solved" / "tune-1" / ".config.json.1.tmp").write_bytes(b"half")
     again, honest = [], unpacking.save_chunks
     with monkeypatch.context() as patch:
         patch.setattr(unpacking, "save_chunks", lambda *a: again.append(a[0]) or honest(*a))
