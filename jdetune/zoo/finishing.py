@@ -1,7 +1,7 @@
 """What ends a packing: the manifest, and the proof that the store gives back every file."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,10 @@ def check(manifest: Manifest, root: Path, progress: Progress | None) -> None:
                 )
 
 
-def sweep(folder: Path, manifest: Manifest) -> None:
-    """Removes blobs of encodings that were not taken."""
-    used = {item.blob for item in manifest.items}
-    for path in folder.glob("*/*"):
-        if path.name not in used:
+def sweep(folder: Path, keep: Collection[Path]) -> None:
+    """Removes all files of a folder but some: what was not taken, or was left half done."""
+    for path in folder.rglob("*"):
+        if path not in keep and (path.is_symlink() or not path.is_dir()):
             path.unlink()
 
 

@@ -93,7 +93,8 @@ def run(
     size = (stage / MANIFEST).stat().st_size
     if size > MAX_MANIFEST:
         raise OutputError(f"--out={out}: too many tensors for one store. Pack fewer models.")
-    sweep(root / BLOBS, manifest)
+    blobs = Blobs(root)
+    sweep(root / BLOBS, {blobs.path(item.blob) for item in manifest.items})
     check(manifest, root, progress)
     for source in sources:
         check_unchanged(source)

@@ -10,7 +10,7 @@ from jdetune import outfolder
 from jdetune.checkpoint.chunks import digest_file, save_chunks
 from jdetune.errors import InputError, OutputError, VerificationError
 from jdetune.solving import Progress
-from jdetune.zoo.finishing import Meter
+from jdetune.zoo.finishing import Meter, sweep
 from jdetune.zoo.reading import Blobs, decode
 from jdetune.zoo.store import MANIFEST, File, Manifest, Model, read_manifest
 from jdetune.zoo.zstd import StoreError, library
@@ -117,6 +117,7 @@ def _write_all(
     root = stage / outfolder.SOLVED
     todo = _todo(models, root)
     done = {path for path, file in todo if _is_done(path, file)}
+    sweep(root, done)
     meter = Meter(progress, "unpack", sum(file.size for _, file in todo))
     for model in models:
         (root / model.name).mkdir(exist_ok=True)
