@@ -55,6 +55,8 @@ _TIED = """
 The head is tied to the embedding, which has factors: call `model.merge_and_unload()` before use,
 since PEFT applies them to the head only when they are merged."""
 RECOVERED_BASE = "../../base"
+#: Heads the part of a card that says what to do beyond loading; it comes last.
+NOTES_HEAD = "## Before use"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +176,7 @@ def _notes(placed: Placement, checkpoint: Checkpoint) -> str:
     leaves = [layout.leaf_of(layout.module_of(name)) for name in placed.modules]
     if is_tied(checkpoint.config) and set(leaves) & set(layout.TOKEN_EMBEDDINGS):
         notes.append(_TIED)
-    return "".join(notes)
+    return "".join(["\n\n", NOTES_HEAD, *notes]) if notes else ""
 
 
 def _card(

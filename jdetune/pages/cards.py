@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jdetune.checkpoint.adapters import NOTES_HEAD
 from jdetune.checkpoint.peft_layout import task_type
 from jdetune.pages import markdown as md
 from jdetune.pages import words
@@ -41,6 +42,7 @@ class AdapterFacts:
       ratio: worst rms of what is left over, in units of the rounding error.
       clearance: least singular value over the noise edge.
       missing: tensors in which the model differs from the base and that it cannot hold.
+      notes: what to do beyond loading, as the adapter's writer says it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class AdapterFacts:
     ratio: float | None
     clearance: float | None = None
     missing: Sequence[str] = ()
+    notes: str = ""
 
 
 def base_card(view: View, config: Mapping[str, Any] | None) -> str:
@@ -165,6 +168,7 @@ def adapter_card(
         f"# LoRA adapter of {md.code(facts.name)}\n",
         f"LoRA factors that jdetune took out of a merged model, for {from_what}.\n",
         md.code_block(load, "python"),
+        *([f"{NOTES_HEAD}\n", f"{facts.notes}\n"] if facts.notes else []),
         "## How good it is\n",
         md.table(("figure", "value"), rows),
         "The rest is off by an ulp or so: a matrix product rounds differently in every order of "

@@ -1,10 +1,12 @@
 """Writes the pages: ``report.html`` and the model cards, beside what they are about."""
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jdetune.checkpoint.adapters import CONFIG_NAME
+from jdetune.checkpoint.adapters import CONFIG_NAME, NOTES_HEAD
 from jdetune.checkpoint.index import read_json
 from jdetune.checkpoint.writer import save_text
 from jdetune.errors import OutputError
@@ -46,7 +48,7 @@ def write_extraction_cards(stage: Path, report: Mapping[str, Any]) -> None:
     for entry in report["inputs"]:
         own = [t for t in report["tensors"] if t["model"] == entry["name"]]
         good = [t for t in own if t["status"] == "extracted"]
-        sizes = [t["shape"][0] * t["shape"][1] for t in good]
+        sizes = [math.prod(t["shape"]) for t in good]
         equal = sum(t["remerge_match"] * size for t, size in zip(good, sizes, strict=True))
         facts = AdapterFacts(
             name=entry["name"],
@@ -92,6 +94,10 @@ def _write_adapter_card(
     config = _config(folder / CONFIG_NAME)
     if config is not None:
         base = str(config.get("base_model_name_or_path") or "")
+        card = folder / _CARD
+        written = card.read_text(encoding="utf-8") if card.is_file() else ""
+        _, _, notes = written.partition(NOTES_HEAD)
+        facts = dataclasses.replace(facts, notes=notes.strip())
         save_text(folder / _CARD, adapter_card(facts, config, base, base_config, report, names))
 
 
