@@ -106,7 +106,7 @@ def test_a_voted_tensor_that_the_format_cannot_hold_is_said(tmp_path):
     shutil.rmtree(models[0])
     odd = {
         **pico_pipeline.tuned(truth, 0),
-        "vae/decoder.conv_in.weight": np.ones((8, 4, 3, 3), "f4"),
+        "unet/conv_in.bias": np.ones(8, "f4"),
     }
     pico_pipeline.write(models[0], odd)
     said = run(truth, models, tmp_path / "a", adapter_format="diffusers")["warnings"]

@@ -75,7 +75,7 @@ def test_none_leaves_the_adapters_out(tmp_path, capsys, solved):
     assert code == 0
     assert "adapters  " not in text
     assert f"next: jdetune verify {out} --reference=BASE" in text
-    assert {p.name for p in out.iterdir()} == {"base", "report.json"}
+    assert {p.name for p in out.iterdir()} == {"base", "report.html", "report.json"}
     code, _, err = call(capsys, "verify", out)
     assert code == 3
     assert "wrote no adapters (--adapter_format=none)" in err
