@@ -13,11 +13,14 @@ import pytest
 from jdetune import pipeline
 from jdetune.cli import main as program
 from jdetune.errors import InputError, OutputError, WriteError
+from jdetune.pages.page import render
+from jdetune.report import read_report
 from tests import pico
 from tests.test_distributed import command, files_of, plain_environment, write_family
 
-#: Files that a run writes in the end: state, groups, base with 3 side files, adapters, reports.
-N_FILES = 1 + 4 + 4 + 3 * 3 + 2
+#: Files that a run writes in the end: state, groups, base with 3 side files, adapters, page, cards,
+#: report.
+N_FILES = 1 + 4 + 4 + 3 * 3 + 1 + 4 + 1
 
 
 @pytest.fixture
@@ -31,7 +34,8 @@ def zoo(tmp_path, monkeypatch):
 
 
 def contents(out):
-    return {n: p.read_bytes() for n, p in files_of(out).items() if n != "report.json"}
+    """Bytes by name; the reports, which say times, are compared apart."""
+    return {n: p.read_bytes() for n, p in files_of(out).items() if not n.startswith("report.")}
 
 
 def goes_on(family, teller, out, whole):
@@ -39,6 +43,7 @@ def goes_on(family, teller, out, whole):
     calls = []
     pipeline.run(family.paths, out, recover_fn=lambda s, **o: calls.extend(s) or teller(s, **o))
     assert contents(out) == whole
+    assert (out / "report.html").read_text() == render(read_report(out))
     assert not (out / ".jdetune").exists()
     return len(calls)
 
