@@ -19,6 +19,9 @@ TAIL_LIMIT = {"float64": 2.0, "float32": 10.0}
 #: updates: the closed form fails so where directions are nearly shared, and refinement with it.
 RESIDUAL_LIMIT = {"float64": 2.0, "float32": 10.0}
 UNREFINED_RESIDUAL_LIMIT = 30.0
+#: Squared sines of the smallest angles, columns times rows, below which no digit of the directions
+#: is left that tells them apart. In float32 they are too inexact to judge by.
+LEAST_CONDITIONING = {"float64": 1e-16, "float32": 0.0}
 #: A predicted error above this share of the mean of the models' says that solving did not help.
 NO_BETTER = 0.8
 #: A base whose largest element is this many times the models' is none.
@@ -83,7 +86,8 @@ def finish(
         explained = explained and float(found["final_ratio"]) < 2 * limit
     if not explained and isinstance(solver.rank, int):
         return failed(stack, Status.NOT_LOW_RANK)._replace(stats=stats)
-    if not found["agree"] or found["shared"] or not explained:
+    parted = not float(found.get("conditioning", 1.0)) < LEAST_CONDITIONING[str(dtype)]
+    if not found["agree"] or found["shared"] or not (explained and parted):
         return failed(stack, Status.SHARED_DIRECTIONS)._replace(stats=stats)
     status = Status.OK
     if not solver.polish:
