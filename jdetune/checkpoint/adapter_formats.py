@@ -115,7 +115,7 @@ def read_as(path: str | Path, base: Checkpoint) -> Adapter:
     """
     path = Path(path)
     if (path / CONFIG_NAME).is_file():
-        return read_adapter(path)
+        return read_adapter(path, base)
     if (path / WEIGHTS_NAME).is_file():
         return read_diffusers(path / WEIGHTS_NAME, base)
     if (path / f"{path.name}.safetensors").is_file():
@@ -123,7 +123,8 @@ def read_as(path: str | Path, base: Checkpoint) -> Adapter:
     parts = sorted(p.name for p in path.glob("*") if (p / CONFIG_NAME).is_file())
     if not parts:
         raise InputError(f"{path}: no adapter in it. Give a folder that jdetune wrote.")
-    found = {part: read_adapter(path / part) for part in parts}
+    views = {part: pipeline_folder.component_view(base, part) for part in parts}
+    found = {part: read_adapter(path / part, views[part]) for part in parts}
     updates = {f"{p}/{name}": u for p, own in found.items() for name, u in own.updates.items()}
     saved = {f"{p}/{name}": array for p, own in found.items() for name, array in own.saved.items()}
     return Adapter(updates, saved, {})
