@@ -253,10 +253,10 @@ def _write(
     factors |= {unit: pair for o in outcomes for unit, pair in o.slices.items()}
     whole = tuple(o.name for o in outcomes if o.status in ("kept_whole", "not_low_rank"))
     files = write_as(form, folder, factors, model, whole, base.source, base.revision)
-    return [_placed(outcome, files, form) for outcome in outcomes]
+    return [_placed(outcome, files) for outcome in outcomes]
 
 
-def _placed(outcome: Outcome, files: AdapterFiles, form: str) -> Outcome:
+def _placed(outcome: Outcome, files: AdapterFiles) -> Outcome:
     if outcome.name in files.left_out:
         reason = f"an adapter leaves it out: {files.reasons.get(outcome.name, BARE)}"
         return dataclasses.replace(outcome, status="failed", reason=reason)

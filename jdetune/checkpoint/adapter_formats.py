@@ -15,19 +15,12 @@ from jdetune.checkpoint.adapters import (
 from jdetune.checkpoint.diffusers_lora import WEIGHTS_NAME, read_diffusers, write_diffusers
 from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.kohya import read_kohya, write_kohya
-from jdetune.checkpoint.lora_files import ONLY, save_component_card
+from jdetune.checkpoint.lora_files import save_component_card
 from jdetune.checkpoint.single_file import is_original_layout
 from jdetune.checkpoint.slots import slots_of
 from jdetune.errors import InputError, OutputError
 
 FORMATS = ("auto", "peft", "kohya", "diffusers", "none")
-#: Why a format leaves a tensor out.
-WHY_LEFT_OUT: Mapping[str, str] = {
-    "peft": "PEFT holds weights of modules only, in the base's shapes",
-    "kohya": f"a kohya file holds {ONLY}",
-    "diffusers": f"a diffusers file holds {ONLY}",
-    "none": "no adapter was asked for",
-}
 
 
 def choose_format(wanted: str, checkpoint: Checkpoint) -> str:

@@ -117,7 +117,7 @@ def refine(
     variance = relative_variance(models, left, right, units, rounding)
     freedom = jnp.sum(ranks).astype(jnp.float32) * (left.shape[1] + right.shape[2])
     freedom = jnp.maximum(freedom, 1)
-    rounds = options.rounds if left.dtype == jnp.float64 else FLOAT32_ROUNDS
+    rounds = options.rounds if left.dtype == jnp.float64 else min(options.rounds, FLOAT32_ROUNDS)
     goal = freedom * (options.tolerance**2 * sharper(conditioning)).astype(jnp.float32)
 
     def look(left: Array, right: Array) -> tuple[Relative, Step, Array]:
@@ -129,7 +129,7 @@ def refine(
 
     def going(carry: tuple) -> Array:
         found, _, _, size = carry
-        return (found.rounds < min(rounds, options.rounds)) & (size > goal)
+        return (found.rounds < rounds) & (size > goal)
 
     def one_round(carry: tuple) -> tuple:
         found, at, gradient, _ = carry
