@@ -18,10 +18,10 @@ from benchmarks.families import Factors
 from jdetune import exact, grids, linalg, snap
 from jdetune.certificate import verdict
 from jdetune.metrics import LOG_MSE_FLOOR, exact_fraction, log_mse
-from jdetune.noise import as_merged
+from jdetune.noise import as_merged, merge_variance
 from jdetune.solvers.intersection import noise_scales
 from jdetune.solvers.refit import shift_to
-from jdetune.solvers.relative import relative_variance, units_of, view
+from jdetune.solvers.relative import units_of, view
 from jdetune.stack import narrowest
 
 
@@ -157,7 +157,7 @@ def _snap_true(merged, left, right, dtype: str):
     """``exact.resolve``'s last round with nothing left to fit."""
     models, grid = as_merged(merged), grids.grid(dtype)
     units = units_of(models, noise_scales(models, left.dtype))
-    variance = relative_variance(models, left, right, units, "R1")
+    variance = merge_variance(models, left, right, "R1", units)
     active = jnp.any(right != 0, axis=2)
     at = view(models, left, right, active, units, variance)
     arithmetic = jnp.maximum(variance - jnp.square(snap.relative_spacing(models, units)) / 12, 0)

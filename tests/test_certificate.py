@@ -7,7 +7,7 @@ import pytest
 import jdetune
 from benchmarks import held_out
 from jdetune import certificate, linalg, synth
-from jdetune.noise import as_merged
+from jdetune.noise import as_merged, merge_variance
 from jdetune.solvers import relative
 from jdetune.solvers.intersection import noise_scales
 from jdetune.status import Status
@@ -56,7 +56,7 @@ def test_amplification_is_that_of_the_dense_normal_matrix(n):
         left, right = (jnp.asarray(np.stack(x), FLOAT64) for x in (family.left, family.right))
         models = as_merged(family.merged)
         units = relative.units_of(models, noise_scales(family.merged, FLOAT64))
-        variance = relative.relative_variance(models, left, right, units, "R1")
+        variance = merge_variance(models, left, right, "R1", units)
         at = relative.view(models, left, right, jnp.ones((n, 2), bool), units, variance)
         found = certificate.spread(at, jnp.zeros((18, 14), bool))
         unit = np.asarray(units.row)[:, None] * np.asarray(units.col)

@@ -20,9 +20,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jdetune import linalg
-from jdetune.noise import Weights, as_merged
+from jdetune.noise import Weights, as_merged, merge_variance
 from jdetune.solvers.intersection import Scales
-from jdetune.solvers.relative import Relative, moved, relative_variance, tangent_of, units_of, view
+from jdetune.solvers.relative import Relative, moved, tangent_of, units_of, view
 from jdetune.solvers.tangent import (
     Step,
     conjugate_gradients,
@@ -114,7 +114,7 @@ def refine(
     models = as_merged(weights)
     active = jnp.arange(left.shape[2], dtype=jnp.int32) < ranks[:, None]
     units = units_of(models, scales)
-    variance = relative_variance(models, left, right, units, rounding)
+    variance = merge_variance(models, left, right, rounding, units)
     freedom = jnp.sum(ranks).astype(jnp.float32) * (left.shape[1] + right.shape[2])
     freedom = jnp.maximum(freedom, 1)
     rounds = options.rounds if left.dtype == jnp.float64 else min(options.rounds, FLOAT32_ROUNDS)

@@ -11,13 +11,12 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jdetune import linalg
-from jdetune.noise import Weights, as_merged
+from jdetune.noise import Weights, as_merged, merge_variance
 from jdetune.solvers.intersection import Scales
 from jdetune.solvers.relative import (
     Relative,
     errors_after,
     moved,
-    relative_variance,
     tangent_of,
     units_of,
     view,
@@ -62,7 +61,7 @@ def refit(
     models = as_merged(weights)
     active = jnp.arange(left.shape[2], dtype=jnp.int32) < ranks[:, None]
     units = units_of(models, scales)
-    variance = relative_variance(models, left, right, units, "R1")
+    variance = merge_variance(models, left, right, "R1", units)
     at = view(models, left, right, active, units, variance)
     away = shift_to(at, base)
     step = zero_step(at)

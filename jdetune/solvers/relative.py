@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jdetune import linalg
-from jdetune.noise import Merged, fit_variance, merge_variance, spacing
+from jdetune.noise import Merged, fit_variance, spacing
 from jdetune.solvers.intersection import Scales
 from jdetune.solvers.tangent import Step, Tangent
 
@@ -58,17 +58,6 @@ def units_of(models: Merged, scales: Scales) -> Scales:
     return Scales(scales.row * jnp.maximum(size, float(jnp.finfo(jnp.float32).tiny)), scales.col)
 
 
-def relative_variance(
-    models: Merged,
-    left: Float[Array, "model row rank"],
-    right: Float[Array, "model rank col"],
-    units: Scales,
-    rounding: str,
-) -> Float[Array, "model row col"]:
-    """``noise.merge_variance`` in units of the rounding error; float32."""
-    return merge_variance(models, left, right, rounding, units)
-
-
 def view(
     models: Merged,
     left: Float[Array, "model row rank"],
@@ -85,7 +74,7 @@ def view(
       right: A of each update.
       active: which columns are used.
       units: from ``units_of``.
-      variance: from ``relative_variance``.
+      variance: from ``noise.merge_variance`` in these units.
     """
     u, v, through, core = _spaces(left / units.row[:, None], right / units.col, active)
     weight = 1 / fit_variance(variance)
