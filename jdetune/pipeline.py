@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jdetune import outfolder, report
+from jdetune.ahead import drop, writing_ahead
 from jdetune.busy import WRITE, Busy
 from jdetune.checkpoint.adapter_formats import choose_format
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
@@ -135,13 +136,19 @@ def _run(
     if processes.first:
         outfolder.start_stage(out, _state(plan, options), options.overwrite)
     processes.exchange("stage is there")
-    plan, results, repairs = solve_one_base(
-        plan, options, stage / outfolder.SOLVED, progress, recover_fn, processes
-    )
+    with writing_ahead(plan, stage / "ahead", processes, group_bytes(options)) as begun:
+        found, results, repairs = solve_one_base(
+            plan, options, stage / outfolder.SOLVED, progress, recover_fn, processes
+        )
+    if found is not plan:
+        drop(begun)  # other models have other majorities
+    plan = found
     clock.lap("recover")
     base, left_out = None, {}
     with checkpoints[0].busy.doing(WRITE):
-        written = write_products(plan, results, stage, options.masks, progress, processes, form)
+        written = write_products(
+            plan, results, stage, options.masks, progress, processes, form, begun
+        )
     if written is not None:
         dtypes = sorted({r.base_dtype for r in results if r.code is not None and r.base_dtype})
         said = ", ".join(dtypes) or None
