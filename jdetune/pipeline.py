@@ -15,7 +15,7 @@ from jdetune.busy import WRITE, Busy
 from jdetune.checkpoint.adapter_formats import choose_format
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
 from jdetune.checkpoint.manifest import Plan, make_plan, select
-from jdetune.checkpoint.sidefiles import code_left_out
+from jdetune.checkpoint.sidefiles import code_note
 from jdetune.checkpoint.writer import save_json
 from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError
@@ -276,12 +276,8 @@ def _warnings(plan: Plan, written: bool, left_out: Mapping[str, str]) -> list[st
     voted = [t for t in plan.tensors if t.action == "consensus"]
     lines = [*plan.warnings, *twins]
     template = plan.checkpoints[0]
-    code = () if template.trusted else code_left_out(template.root, template.side_files)
-    if code and written:
-        lines.append(
-            f"code of {template.name} was left out ({', '.join(code)}): the base has no auto_map. "
-            "Add --trust_remote_code if you trust where the models are from"
-        )
+    if written and not template.trusted:
+        lines += code_note(template.name, template.root, template.side_files, "the base")
     if voted and written:
         own = "leave theirs out" if any(t.name in left_out for t in voted) else "keep their own"
         lines.append(
