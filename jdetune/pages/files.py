@@ -63,14 +63,18 @@ def write_extraction_pages(stage: Path, report: Mapping[str, Any]) -> None:
 def write_page(report: Mapping[str, Any], path: Path) -> int:
     """Writes ``report.html`` of a report; a file that is no such page is left alone.
 
+    Args:
+      report: of ``jdetune recover`` or ``jdetune extract``.
+      path: the page.
+
     Returns:
       Its size in bytes.
 
     Raises:
-      InputError: it is no report of ``jdetune recover``.
+      InputError: it is another report.
       OutputError: the path holds something else, or cannot be written.
     """
-    text = render(report)
+    text = render_extraction(report) if report.get("kind") == "extract" else render(report)
     if path.is_dir() or (path.exists() and not _is_page(path)):
         raise OutputError(f"{path}: is no page that jdetune wrote. Choose another --out.")
     try:

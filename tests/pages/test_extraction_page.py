@@ -56,6 +56,19 @@ def test_what_is_written_is_the_page_of_the_report(extracted):
         assert (tensor["reason"] or "") in said
 
 
+def test_report_writes_it_again(extracted, tmp_path, capsys):
+    report, text = extracted
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert program.main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text() == text
+    assert "worst residual" in capsys.readouterr().out
+    one = next(t for t in report["tensors"] if t["status"] == "extracted")
+    report = {**report, "tensors": [{**one, "shape": None}]}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert program.main(["report", str(tmp_path)]) == 3
+    assert "not a whole report" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("code", "written", "words"),
     [
