@@ -33,7 +33,7 @@ from jdetune.outcomes import (
     summary,
     tensor_entry,
 )
-from jdetune.pages.files import write_extraction_cards
+from jdetune.pages.files import write_extraction_pages
 from jdetune.pipeline import device_name, version
 from jdetune.remerge import raw_bits
 from jdetune.solvers.known_base import extract_update
@@ -148,7 +148,7 @@ def run(
             for outcome in outcomes
         ],
     }
-    write_extraction_cards(stage, content)
+    write_extraction_pages(stage, content)
     save_json(stage / "report.json", content)
     outfolder.place(out, stage)
     return content

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from jdetune.noise import as_merged, pair_edge, spacing
 from jdetune.solvers.intersection import MERGE_ARITHMETIC
 from jdetune.stack import storage_dtypes
-from jdetune.types import Array
+from jdetune.types import STORAGE_DTYPES, Array
 
 #: Models by base: indices, the largest group first.
 Groups: TypeAlias = tuple[tuple[int, ...], ...]
@@ -27,6 +27,9 @@ RELATED_SHARE = 2 / 3
 RELATED_TAIL = 2.5
 #: Rows and columns that are looked at: as many drawn ones show the same rank.
 SIDE = 1024
+#: Ranks up to this share of the side are taken as they are; larger ones must hold in a part of the
+#: matrix in which they still leave some room.
+UNSUSPICIOUS, ROOMY = 0.125, 0.85
 _spacing, _pair_edge = jax.jit(spacing), jax.jit(pair_edge)
 #: References without a relative after which no further one is tried.
 GIVE_UP = 4
@@ -96,7 +99,42 @@ def related(pair: Float[np.ndarray, "2 row col"], storage: Sequence[str]) -> boo
       pair: both as stored, finite.
       storage: dtype that each was rounded to.
     """
-    return spectrum(pair, storage).low_rank
+    return low_rank(pair, storage)[0]
+
+
+def low_rank(pair: np.ndarray, storage: Sequence[str]) -> tuple[bool, int]:
+    """Whether two models differ by low rank and rounding, and by which rank.
+
+    Of two models in different dtypes, the one in the narrower may have been merged from a base
+    that was rounded, too.
+    """
+    rank, twice = 0, tuple(1 + (name != STORAGE_DTYPES[0]) for name in storage)
+    for roundings in ((1, 1), twice) if storage[0] != storage[1] else ((1, 1),):
+        found = spectrum(pair, storage, even=True, roundings=roundings)
+        if found.low_rank and _holds_in_part(pair, storage, found.rank, roundings):
+            return True, found.rank
+        rank = rank or found.rank
+    return False, rank
+
+
+def _holds_in_part(
+    pair: np.ndarray, storage: Sequence[str], rank: int, roundings: Sequence[int]
+) -> bool:
+    """Whether a rank is the same in a part of the matrix: a spread-out spectrum shrinks with it.
+
+    What differs by a little more than the rounding everywhere (a quantised base) has many singular
+    values below the noise edge, and looks like a large rank.
+    """
+    side = min(pair.shape[1:])
+    if rank <= UNSUSPICIOUS * side:
+        return True
+    share = max(0.5, rank / (ROOMY * side))
+    rng = np.random.default_rng(0)
+    rows, cols = (
+        rng.choice(size, int(np.ceil(share * size)), replace=False) for size in pair.shape[1:]
+    )
+    part = spectrum(pair[:, rows][:, :, cols], storage, even=True, roundings=roundings)
+    return part.rank > rank * (1 + share) / 2
 
 
 def spectrum(

@@ -19,6 +19,7 @@ from jdetune.checkpoint.adapter_reader import Adapter, LoraUpdate, merge_peft, r
 from jdetune.checkpoint.index import FLOATS, Checkpoint, open_checkpoint
 from jdetune.checkpoint.reader import read_tensor
 from jdetune.checkpoint.shapes import view_of
+from jdetune.checkpoint.sidefiles import code_note
 from jdetune.checkpoint.writer import save_json, save_like
 from jdetune.errors import InputError
 from jdetune.noise import ROUNDINGS
@@ -63,6 +64,7 @@ def run(
     overwrite: bool = False,
     command: str = "jdetune.merging.run",
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Writes OUT/merged, a checkpoint with the base's shards, and OUT/report.json.
 
@@ -74,6 +76,8 @@ def run(
       overwrite: replace a former output.
       command: what to name in the report as the command.
       progress: told of every tensor.
+      trust_remote_code: also copy the base's Python files, and config that makes transformers run
+        them.
 
     Returns:
       The report.
@@ -85,7 +89,7 @@ def run(
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}; got {rounding!r}")
     started, begin, out = datetime.datetime.now(datetime.UTC), time.monotonic(), Path(out)
-    known = open_checkpoint(base)
+    known = open_checkpoint(base, trust_remote_code)
     outfolder.check_out(out, [known.path, Path(adapter)], overwrite)
     changes = plan_changes(known, read_adapter(adapter, known), rounding)
     entries: dict[str, dict[str, Any]] = {}
@@ -111,6 +115,9 @@ def run(
         "base_path": report.source_text(report.source_entry(known)),
         "adapter_path": str(Path(adapter).resolve()),
         "rounding": rounding,
+        "notes": []
+        if trust_remote_code
+        else code_note(known.name, known.root, known.side_files, "the merged model"),
         "summary": {
             **{word: status.count(word) for word in ("merged", "replaced", "copied")},
             "sensitive_fraction": _share(list(entries.values())),

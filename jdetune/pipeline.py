@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from jdetune import outfolder, report
+from jdetune.ahead import drop, writing_ahead
 from jdetune.busy import WRITE, Busy
 from jdetune.checkpoint.adapter_formats import choose_format
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
 from jdetune.checkpoint.manifest import Plan, make_plan, select
-from jdetune.checkpoint.sidefiles import code_left_out
+from jdetune.checkpoint.sidefiles import code_note
 from jdetune.checkpoint.writer import save_json
 from jdetune.distributed import ALONE, Processes
 from jdetune.errors import InputError
@@ -135,13 +136,19 @@ def _run(
     if processes.first:
         outfolder.start_stage(out, _state(plan, options), options.overwrite)
     processes.exchange("stage is there")
-    plan, results, repairs = solve_one_base(
-        plan, options, stage / outfolder.SOLVED, progress, recover_fn, processes
-    )
+    with writing_ahead(plan, stage / "ahead", processes, group_bytes(options)) as begun:
+        found, results, repairs = solve_one_base(
+            plan, options, stage / outfolder.SOLVED, progress, recover_fn, processes
+        )
+    if found is not plan:
+        drop(begun)  # other models have other majorities
+    plan = found
     clock.lap("recover")
     base, left_out = None, {}
     with checkpoints[0].busy.doing(WRITE):
-        written = write_products(plan, results, stage, options.masks, progress, processes, form)
+        written = write_products(
+            plan, results, stage, options.masks, progress, processes, form, begun
+        )
     if written is not None:
         dtypes = sorted({r.base_dtype for r in results if r.code is not None and r.base_dtype})
         said = ", ".join(dtypes) or None
@@ -269,12 +276,8 @@ def _warnings(plan: Plan, written: bool, left_out: Mapping[str, str]) -> list[st
     voted = [t for t in plan.tensors if t.action == "consensus"]
     lines = [*plan.warnings, *twins]
     template = plan.checkpoints[0]
-    code = () if template.trusted else code_left_out(template.root, template.side_files)
-    if code and written:
-        lines.append(
-            f"code of {template.name} was left out ({', '.join(code)}): the base has no auto_map. "
-            "Add --trust_remote_code if you trust where the models are from"
-        )
+    if written and not template.trusted:
+        lines += code_note(template.name, template.root, template.side_files, "the base")
     if voted and written:
         own = "leave theirs out" if any(t.name in left_out for t in voted) else "keep their own"
         lines.append(

@@ -15,6 +15,7 @@ from jdetune.checkpoint.placement import BARE
 from jdetune.checkpoint.reader import deferred, numpy_dtype, raw_bytes, read_tensor
 from jdetune.checkpoint.shapes import units
 from jdetune.checkpoint.stacks import factors_of
+from jdetune.checkpoint.stream import Begun
 from jdetune.checkpoint.ties import is_alias, is_tied
 from jdetune.checkpoint.vocabulary import fit_side_files, resized
 from jdetune.checkpoint.writer import Shard, finish_shards, save_safetensors, save_shard
@@ -35,6 +36,7 @@ def write_products(
     progress: Progress | None = None,
     processes: Processes = ALONE,
     adapter_format: str = "peft",
+    begun: Mapping[str, Begun] | None = None,
 ) -> tuple[int, dict[str, str]] | None:
     """Writes base, adapters and masks into a folder; nothing if no differing matrix has a base.
 
@@ -46,6 +48,7 @@ def write_products(
       progress: told of every file.
       processes: who writes along; index and side files are the first one's.
       adapter_format: what ``choose_format`` returned.
+      begun: of the base's files, by the template's: what was written while others were solved.
 
     Returns:
       Number of the base's parameters, and tensors that an adapter leaves out with the reason; None
@@ -55,7 +58,7 @@ def write_products(
     if plan.groups and not solved:
         return None
     sources = {r.plan.name: r.plan.source for r in results}
-    template = _full_template(plan, sources)
+    template = full_template(plan, sources)
 
     def get_tensor(name: str) -> Any:
         if name in solved:
@@ -63,13 +66,13 @@ def write_products(
         source = sources.get(name)
         return None if source is None else deferred(plan.checkpoints[source], name)
 
-    files: list[str | int] = [*template.files, *range(len(plan.checkpoints))]
-    mine = files[processes.index :: processes.count]
+    mine = share_of_files(template, plan, processes)
     shards: list[Shard] = []
     left_out: dict[str, str] = {}
     for done, file in enumerate(mine):
         if isinstance(file, str):
-            shards.append(save_shard(template, stage / "base", file, get_tensor))
+            own = (begun or {}).get(file)
+            shards.append(save_shard(template, stage / "base", file, get_tensor, own))
         else:
             left_out |= _write_adapter(plan, file, results, stage, adapter_format)
         if progress is not None:
@@ -83,6 +86,12 @@ def write_products(
         fit_side_files(plan.checkpoints, stage / "base")
     left_out = {name: why for part in written for name, why in part["left_out"].items()}
     return sum(shard.n_parameters for shard in everything), left_out
+
+
+def share_of_files(template: Checkpoint, plan: Plan, processes: Processes) -> list[str | int]:
+    """What one process writes: files of the base, and adapters by the index of their model."""
+    files: list[str | int] = [*template.files, *range(len(plan.checkpoints))]
+    return files[processes.index :: processes.count]
 
 
 def base_of(result: TensorResult) -> Deferred:
@@ -182,7 +191,7 @@ def _equal(first: np.ndarray, second: np.ndarray) -> bool:
     return same and np.array_equal(raw_bytes(first), raw_bytes(second))
 
 
-def _full_template(plan: Plan, sources: Mapping[str, int | None]) -> Checkpoint:
+def full_template(plan: Plan, sources: Mapping[str, int | None]) -> Checkpoint:
     """The first model, with the tensors that only a majority of the others holds."""
     template = plan.checkpoints[0]
     own = {

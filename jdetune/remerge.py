@@ -34,19 +34,23 @@ class Remerged(NamedTuple):
     noise: float
 
 
-def remerge(found: Recovery, stack: np.ndarray, dtypes: Sequence[str]) -> list[Remerged]:
+def remerge(
+    found: Recovery, stack: np.ndarray, dtypes: Sequence[str], rounding: str = "R1"
+) -> list[Remerged]:
     """Merges every model's factors into the base and compares with what is stored.
 
     Args:
       found: a matrix with a base.
       stack: merged weights, [model, row, col].
       dtypes: what each model is stored in; the stack may be wider.
+      rounding: rule by which the models were merged (``jdetune.noise.ROUNDINGS``).
     """
     figures = []
     for i, (merged, dtype) in enumerate(zip(stack, dtypes, strict=True)):
         stored = merged.astype(numpy_dtype(dtype), copy=False)
         left, right = factors_of({"": found}, i)[""]
-        again = merge_peft(np.asarray(found.base), left, right, dtype=stored.dtype)
+        base = np.asarray(found.base)
+        again = merge_peft(base, left, right, dtype=stored.dtype, rounding=rounding)
         match = float(np.mean(raw_bits(again) == raw_bits(stored)))
         values = [_short(value) for value in singular_values(left, right)]
         edge, rms = (_short(value) for value in rounding_noise(stored))

@@ -322,13 +322,13 @@ def _result(
     options: Options,
     seconds: float,
 ) -> TensorResult:
-    code = Status(int(found.status))
+    code, rounding = Status(int(found.status)), getattr(options.solver, "rounding", "R1")
     return TensorResult(
         plan=plan,
         status="recovered" if code.has_base else "failed",
         recovery=found,
         method="SubspaceIntersection" if options.solver is None else type(options.solver).__name__,
-        remerged=tuple(remerge(found, stack, stored)) if code.has_base else None,
+        remerged=tuple(remerge(found, stack, stored, rounding)) if code.has_base else None,
         seconds=seconds,
         base_dtype=str(np.asarray(found.base).dtype) if code.has_base else None,
     )

@@ -45,8 +45,10 @@ def verify(
 
     Returns:
       ``reference``, ``w_error``, ``exact_fraction``, ``ulp``, ``tensors`` (one entry a recovered
-      matrix), ``copied``, ``copied_equal``, ``missing``, ``passed_over`` (tensors that the report
-      lists as skipped or failed), ``models`` and ``failures``; ready for JSON.
+      matrix), ``copied``, ``copied_equal``, ``missing``, ``not_in_models`` (tensors of the
+      reference that no merged model has, such as buffers that newer versions do not save),
+      ``passed_over`` (tensors that the report lists as skipped or failed), ``models`` and
+      ``failures``; ready for JSON.
 
     Raises:
       InputError: there is nothing to compare with, or no reference and a merged model is gone.
@@ -63,13 +65,16 @@ def verify(
     merged = _find_models(report, models, reference is not None)
     result: dict[str, Any] = {"out": str(out), "reference": None, "failures": []}
     result |= {"tensors": [], "w_error": None, "exact_fraction": None, "ulp": None}
-    result |= {"copied": 0, "copied_equal": 0, "missing": []}
+    result |= {"copied": 0, "copied_equal": 0, "missing": [], "not_in_models": []}
     result["passed_over"] = sorted(passed_over)
     if reference is not None:
         known = passed_over | set(by_status.get("per_model", ()))
         ours, truth = align([base, open_checkpoint(reference)]).checkpoints
         compared, differing = compare_base(ours, truth, recovered, known)
-        result |= compared
+        listed = {name for names in by_status.values() for name in names}
+        foreign = [name for name in compared["missing"] if name not in listed]
+        compared["missing"] = [name for name in compared["missing"] if name in listed]
+        result |= {**compared, "not_in_models": foreign}
         result["reference"] = str(reference)
         result["failures"] += [
             *(f"{name}: in the reference, but not in the base" for name in compared["missing"]),

@@ -62,6 +62,20 @@ def test_full_fine_tuning_dora_and_requantising_look_like_another_base():
     assert split_by_base(stack) == ((0, 1, 2), (3,), (4,), (5,))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_dequantised_base_does_not_hide_in_the_rounding_of_sixteen_bits(seed):
+    """Rows of very different size, with outliers: int8 is above the rounding in the small ones."""
+    rng = np.random.default_rng(seed)
+    rows = np.exp(1.5 * rng.standard_normal((96, 1)))
+    base = (0.03 * rows * rng.standard_t(4, (96, 96))).astype(np.float32)
+    step = np.abs(base).max(axis=1, keepdims=True) / np.float32(127)
+    tunes = [1e-2 * rng.standard_normal((96, 2)) @ rng.standard_normal((2, 96)) for _ in range(6)]
+    half = [(base.astype("bfloat16") + t).astype("bfloat16") for t in tunes[:3]]
+    whole = [np.round(base / step) * step + t for t in tunes[3:]]
+    stack = np.stack([*half, *whole]).astype(np.float32)
+    assert split_by_base(stack) == ((0, 1, 2), (3, 4, 5))
+
+
 def test_large_matrices_are_sampled(monkeypatch):
     monkeypatch.setattr(foreign, "SIDE", 32)
     sizes = []

@@ -39,6 +39,7 @@ LAYERS = [
     {"checkpoint", "distributed"},
     {"models"},
     {
+        "ahead",
         "outfolder",
         "pipeline",
         "solving",

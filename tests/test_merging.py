@@ -72,6 +72,17 @@ def test_the_model_comes_back_with_the_shards_of_the_base(tmp_path, family, caps
     assert json.loads(text) == json.loads((tmp_path / "out" / "report.json").read_text())
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_the_base_comes_along_only_where_it_is_trusted(tmp_path, family, capsys, trusted):
+    pico.write(tmp_path / "base", family.base, shards=3, auto_map={"AutoModel": "evil.Model"})
+    _, text, _ = merge(capsys, tmp_path, *(["--trust_remote_code"] if trusted else []))
+    out = tmp_path / "out" / "merged"
+    assert (out / "modeling_evil.py").exists() == trusted
+    assert ("auto_map" in json.loads((out / "config.json").read_text())) == trusted
+    note = "note: code of base was left out (config.json, modeling_evil.py): the merged model has"
+    assert (note in text) != trusted
+
+
 def test_usage(tmp_path, family, capsys):
     assert call(capsys, "merge", tmp_path / "base", "--out=x")[0] == 2
     assert call(capsys, "merge", tmp_path / "base", tmp_path / "adapter")[0] == 2

@@ -11,7 +11,8 @@ from jdetune import pipeline
 from jdetune.checkpoint import merge_peft
 from jdetune.metrics import ulp_distance, ulp_steps
 from jdetune.remerge import Remerged, entries, remerge, rounding_noise, singular_values
-from jdetune.result import Adapters
+from jdetune.result import Adapters, Recoveries
+from jdetune.solvers.intersection import SubspaceIntersection
 from tests import pico
 
 RNG = np.random.default_rng(0)
@@ -78,6 +79,34 @@ def test_models_in_two_dtypes_are_compared_as_they_are_stored():
     assert narrow[0].steps["0"] == 48 * 32
     assert narrow[1].match < 0.1  # a float32 merge is not rounded to bfloat16
     assert narrow[1].edge < narrow[0].edge / 1000
+
+
+def test_merges_are_repeated_by_the_rule_that_was_given(tmp_path):
+    """Of bfloat16 models whose update was rounded before it was added, as safe_merge does."""
+    family = pico.make(tmp_path, dtype=ml_dtypes.bfloat16)
+    for path, own in zip(family.paths, family.factors, strict=True):
+        merged = {n: merge_peft(family.base[n], *pair, rounding="R2") for n, pair in own.items()}
+        pico.write(path, {**family.base, **merged})
+
+    def teller(stacks, solver, progress):
+        found = {}
+        for name, stack in stacks.items():
+            left, right = (
+                np.stack(s) for s in zip(*(f[name] for f in family.factors), strict=True)
+            )
+            known = pico.known(stack, family.base[name])
+            ranks = np.full(3, left.shape[2], np.int32)
+            found[name] = dataclasses.replace(known, ranks=ranks, adapters=Adapters(left, right))
+        return Recoveries(found)
+
+    match = {}
+    for rule in ("R1", "R2"):
+        options = pipeline.Options(solver=SubspaceIntersection(rounding=rule))
+        report = pipeline.run(family.paths, tmp_path / rule, options, recover_fn=teller)
+        tuned = [t for t in report["tensors"] if t["status"] == "recovered"]
+        match[rule] = [share for tensor in tuned for share in tensor["remerge_match"]]
+    assert set(match["R2"]) == {1.0}
+    assert max(match["R1"]) < 1.0
 
 
 def test_report_sums_over_models_and_is_short(tmp_path):

@@ -3,6 +3,7 @@ import pytest
 
 from jdetune import pipeline, verification
 from jdetune.checkpoint import open_checkpoint, read_tensor, save_safetensors
+from jdetune.cli.verify import render
 from jdetune.errors import InputError
 from jdetune.status import Status
 from tests import pico
@@ -99,6 +100,17 @@ def test_a_tensor_missing_in_the_base_fails(tmp_path, recovered):
     spoil(tmp_path / "out" / "base", lambda tensors: tensors.pop("classifier.bias"))
     found = verification.verify(tmp_path / "out", tmp_path / "truth")
     assert "classifier.bias: in the reference, but not in the base" in found["failures"]
+
+
+def test_what_no_model_has_is_told_but_no_failure(tmp_path, recovered):
+    """transformers no longer saves some buffers that older references hold."""
+    ids = np.arange(4)[None]
+    pico.write(tmp_path / "truth", {**recovered.base, "encoder.position_ids": ids})
+    found = verification.verify(tmp_path / "out", tmp_path / "truth")
+    assert found["failures"] == found["missing"] == []
+    assert found["not_in_models"] == ["encoder.position_ids"]
+    told = render({**found, "passed": True})
+    assert "1 tensor(s) of the reference are in no merged model, e.g. encoder.position_ids" in told
 
 
 def test_a_copied_tensor_unlike_the_reference_fails(tmp_path, recovered):

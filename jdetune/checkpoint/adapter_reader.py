@@ -162,7 +162,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path / CONFIG_NAME)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise InputError(f"{path / CONFIG_NAME}: only plain LoRA adapters can be read, not DoRA.")
-    numbers = [config.get("lora_alpha", 8)]
+    numbers = [config.get(key, 8) for key in ("r", "lora_alpha")]
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = {} if config.get(key) is None else config[key]
         if not isinstance(pattern, dict) or not all(map(_is_usable, pattern)):
@@ -172,8 +172,17 @@ def _read_config(path: Path) -> dict[str, Any]:
             )
         numbers += pattern.values()
     if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
-        raise InputError(f"{path / CONFIG_NAME}: lora_alpha or a pattern of it is no number.")
+        raise InputError(f"{path / CONFIG_NAME}: r, lora_alpha or a pattern of them is no number.")
+    targets = config.get("target_parameters")
+    if targets is not None and not (isinstance(targets, list) and _are_text(targets)):
+        raise InputError(
+            f"{path / CONFIG_NAME}: target_parameters is not a list of names. Copy it again."
+        )
     return config
+
+
+def _are_text(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _only(pickled: Path) -> bool:
@@ -249,7 +258,7 @@ def _stack_updates(
 ) -> dict[str, LoraUpdate]:
     """Updates of stacked experts, one a slice; their number follows from the rank in the config."""
     rank = _pattern(config.get("rank_pattern"), name, config.get("r", 8))
-    if "A" not in found or "B" not in found or len(found["A"]) % int(rank):
+    if "A" not in found or "B" not in found or rank < 1 or len(found["A"]) % int(rank):
         raise InputError(f"{path}: factors of {name} do not fit rank {rank:g}. Copy it again.")
     down, up = found["A"], found["B"]
     count, scaling = len(down) // int(rank), _scaling(name, int(rank), config)

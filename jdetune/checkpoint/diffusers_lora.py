@@ -11,11 +11,10 @@ from jdetune.checkpoint import peft_layout as layout
 from jdetune.checkpoint.adapter_reader import Adapter, LoraUpdate
 from jdetune.checkpoint.adapters import RECOVERED_BASE, AdapterFiles, Factors
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
-from jdetune.checkpoint.lora_files import ONLY, held_pieces, save_card
+from jdetune.checkpoint.lora_files import write_file
 from jdetune.checkpoint.reader import read_tensor
-from jdetune.checkpoint.slots import joined, slots_of
+from jdetune.checkpoint.slots import Piece, joined, slots_of
 from jdetune.checkpoint.stream import open_tensors
-from jdetune.checkpoint.writer import save_safetensors
 from jdetune.errors import InputError
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -41,19 +40,29 @@ def write_diffusers(
     Returns:
       Which tensors went where.
     """
-    held, left_out = held_pieces(factors, checkpoint, per_model, lambda s: s.module is not None)
-    tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, dict[str, int]] = {}
-    for piece in (piece for own in held.values() for piece in own):
-        component, module = piece.slot.component, str(piece.slot.module)
-        tensors[f"{component}.{module}.lora_A.weight"] = piece.down
-        tensors[f"{component}.{module}.lora_B.weight"] = piece.up
-        ranks.setdefault(component, {})[module] = len(piece.down)
-    said = json.dumps(_config(ranks, checkpoint), indent=2, sort_keys=True)
-    save_safetensors(path / WEIGHTS_NAME, tensors, {"format": "pt", _METADATA: said})
-    save_card(path, WEIGHTS_NAME, held, checkpoint, base)
-    reasons = dict.fromkeys(left_out, f"a diffusers file holds {ONLY}")
-    return AdapterFiles(path, tuple(held), left_out, (), reasons)
+
+    def content(held: dict[str, list[Piece]]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        tensors: dict[str, np.ndarray] = {}
+        ranks: dict[str, dict[str, int]] = {}
+        for piece in (piece for own in held.values() for piece in own):
+            component, module = piece.slot.component, str(piece.slot.module)
+            tensors[f"{component}.{module}.lora_A.weight"] = piece.down
+            tensors[f"{component}.{module}.lora_B.weight"] = piece.up
+            ranks.setdefault(component, {})[module] = len(piece.down)
+        said = json.dumps(_config(ranks, checkpoint), indent=2, sort_keys=True)
+        return tensors, {"format": "pt", _METADATA: said}
+
+    file = path / WEIGHTS_NAME
+    return write_file(
+        file,
+        factors,
+        checkpoint,
+        per_model,
+        base,
+        "diffusers",
+        lambda slot: slot.module is not None,
+        content,
+    )
 
 
 def read_diffusers(path: Path, base: Checkpoint) -> Adapter:

@@ -9,10 +9,9 @@ import numpy as np
 from jdetune.checkpoint.adapter_reader import Adapter, LoraUpdate
 from jdetune.checkpoint.adapters import RECOVERED_BASE, AdapterFiles, Factors
 from jdetune.checkpoint.index import Checkpoint, open_checkpoint
-from jdetune.checkpoint.lora_files import ONLY, held_pieces, save_card
+from jdetune.checkpoint.lora_files import write_file
 from jdetune.checkpoint.reader import read_tensor
 from jdetune.checkpoint.slots import Piece, is_sdxl, joined, slots_of
-from jdetune.checkpoint.writer import save_safetensors
 from jdetune.errors import InputError
 
 #: Width of the text features that a UNet attends to, to what kohya calls the model.
@@ -41,19 +40,28 @@ def write_kohya(
     Returns:
       Which tensors went where.
     """
-    held, left_out = held_pieces(factors, checkpoint, per_model, lambda s: s.kohya is not None)
-    tensors: dict[str, np.ndarray] = {}
-    tops = _top_ranks(held)
-    for piece in (piece for own in held.values() for piece in own):
-        rank = tops[piece.slot.component]
-        tensors[f"{piece.slot.kohya}.lora_down.weight"] = _filled(piece.down, 0, rank)
-        tensors[f"{piece.slot.kohya}.lora_up.weight"] = _filled(piece.up, 1, rank)
-        tensors[f"{piece.slot.kohya}.alpha"] = np.array(rank, np.float32)
-    name = f"{path.name}.safetensors"
-    save_safetensors(path / name, tensors, _metadata(path.name, held, checkpoint))
-    save_card(path, name, held, checkpoint, base)
-    reasons = dict.fromkeys(left_out, f"a kohya file holds {ONLY}")
-    return AdapterFiles(path, tuple(held), left_out, (), reasons)
+
+    def content(held: dict[str, list[Piece]]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        tensors: dict[str, np.ndarray] = {}
+        tops = _top_ranks(held)
+        for piece in (piece for own in held.values() for piece in own):
+            rank = tops[piece.slot.component]
+            tensors[f"{piece.slot.kohya}.lora_down.weight"] = _filled(piece.down, 0, rank)
+            tensors[f"{piece.slot.kohya}.lora_up.weight"] = _filled(piece.up, 1, rank)
+            tensors[f"{piece.slot.kohya}.alpha"] = np.array(rank, np.float32)
+        return tensors, _metadata(path.name, held, checkpoint)
+
+    file = path / f"{path.name}.safetensors"
+    return write_file(
+        file,
+        factors,
+        checkpoint,
+        per_model,
+        base,
+        "kohya",
+        lambda slot: slot.kohya is not None,
+        content,
+    )
 
 
 def read_kohya(path: Path, base: Checkpoint) -> Adapter:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from jdetune.checkpoint import pipeline_folder
-from jdetune.checkpoint.adapters import RECOVERED_BASE, Factors
+from jdetune.checkpoint.adapters import RECOVERED_BASE, AdapterFiles, Factors
 from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.slots import Piece, Slot, pieces, slots_of
-from jdetune.checkpoint.writer import save_text
+from jdetune.checkpoint.writer import save_safetensors, save_text
 
 #: What kohya's and diffusers' files hold.
 ONLY = (
@@ -95,6 +95,38 @@ def held_pieces(
     }
     absent = [n for n in whole if n in checkpoint.tensors]
     return held, (*(n for n in nonzero if n not in kept), *absent)
+
+
+def write_file(
+    path: Path,
+    factors: Factors,
+    checkpoint: Checkpoint,
+    whole: tuple[str, ...],
+    base: str,
+    kind: str,
+    has_name: Callable[[Slot], bool],
+    content: Callable[[dict[str, list[Piece]]], tuple[dict[str, np.ndarray], dict[str, str]]],
+) -> AdapterFiles:
+    """Writes the one file of an adapter, and its card beside it.
+
+    Args:
+      path: the file.
+      factors: tensor name to left and right.
+      checkpoint: the merged model.
+      whole: tensors that the base lacks; the file cannot hold them.
+      base: what the card names as the base.
+      kind: what to call such a file.
+      has_name: whether a slot has a name in it.
+      content: tensors and header text of what it holds.
+
+    Returns:
+      Which tensors went where.
+    """
+    held, left_out = held_pieces(factors, checkpoint, whole, has_name)
+    save_safetensors(path, *content(held))
+    save_card(path.parent, path.name, held, checkpoint, base)
+    reasons = dict.fromkeys(left_out, f"a {kind} file holds {ONLY}")
+    return AdapterFiles(path.parent, tuple(held), left_out, (), reasons)
 
 
 def _zeros(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,8 @@ CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings")
 TOKEN_EMBEDDINGS += ("embed_in", "token_embedding", "tokens_embed")
 _EMBEDDING_LEAVES = ("wte", "wpe", "shared")
-_NOT_EMBEDDINGS = ("embed_out",)
+#: A head, and linear maps of latents and text features into a diffusion transformer.
+_NOT_EMBEDDINGS = ("embed_out", "x_embedder", "context_embedder")
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",

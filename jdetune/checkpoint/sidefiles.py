@@ -74,6 +74,20 @@ def code_left_out(root: Path, names: tuple[str, ...]) -> tuple[str, ...]:
     return (*naming, *_code_files(root)) if naming else ()
 
 
+def code_note(name: str, root: Path, files: tuple[str, ...], product: str) -> list[str]:
+    """What to tell where ``code_left_out`` finds something in a folder: one line, or none.
+
+    Args:
+      name: what the folder is called.
+      root: the folder.
+      files: its side files.
+      product: what is written from it.
+    """
+    code = code_left_out(root, files)
+    said = f"code of {name} was left out ({', '.join(code)}): {product} has no auto_map. "
+    return [said + "Add --trust_remote_code if you trust where it is from"] if code else []
+
+
 def _may_name_code(name: str) -> bool:
     return name.endswith("config.json")
 

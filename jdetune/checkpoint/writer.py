@@ -17,7 +17,7 @@ import numpy as np
 from jdetune.checkpoint import sidefiles
 from jdetune.checkpoint.index import Checkpoint
 from jdetune.checkpoint.single_file import kept_metadata
-from jdetune.checkpoint.stream import Arrays, write_tensors
+from jdetune.checkpoint.stream import Arrays, Begun, begin_tensors, write_tensors
 from jdetune.checkpoint.weight_names import index_name, written_name
 from jdetune.deferred import Deferred
 from jdetune.errors import WriteError
@@ -28,7 +28,10 @@ GetTensor = Callable[[str], np.ndarray | Deferred | None]
 
 
 def save_safetensors(
-    path: str | Path, tensors: Arrays, metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Arrays,
+    metadata: Mapping[str, str] | None = None,
+    begun: Begun | None = None,
 ) -> None:
     """Writes tensors to a file: temporary name, read back, compare, rename.
 
@@ -36,12 +39,13 @@ def save_safetensors(
       path: where the file goes; its folder is made.
       tensors: name to array of any memory order; those not read yet are read one at a time.
       metadata: text for the header, ``{"format": "pt"}`` if left out (loaders ask for it).
+      begun: what ``begin_shard`` wrote of it.
 
     Raises:
       WriteError: it cannot be written, or what was read back differs.
     """
     with _whole_or_not_there(Path(path)) as temporary:
-        write_tensors(temporary, tensors, _PT if metadata is None else metadata)
+        write_tensors(temporary, tensors, _PT if metadata is None else metadata, begun)
 
 
 def save_text(path: str | Path, text: str) -> None:
@@ -97,18 +101,53 @@ def save_like(template: Checkpoint, out: str | Path, get_tensor: GetTensor) -> i
     return finish_shards(template, out, shards)
 
 
-def save_shard(template: Checkpoint, out: str | Path, file: str, get_tensor: GetTensor) -> Shard:
+def save_shard(
+    template: Checkpoint,
+    out: str | Path,
+    file: str,
+    get_tensor: GetTensor,
+    begun: Begun | None = None,
+) -> Shard:
     """Writes one file of ``save_like``, under the name that loaders look for."""
     target = written_name(file, template.files)
-    wanted = [
-        (name, info.stored_name) for name, info in template.tensors.items() if info.file == file
-    ]
-    arrays = {key: get_tensor(name) for name, key in wanted}
-    kept = {key: array for key, array in arrays.items() if array is not None}
-    save_safetensors(Path(out) / target, kept, kept_metadata(template))
+    kept = {key: array for key, (_, array) in _arrays_of(template, file, get_tensor).items()}
+    save_safetensors(Path(out) / target, kept, kept_metadata(template), begun)
     sizes = [math.prod(array.shape) for array in kept.values()]
     n_bytes = sum(n * a.dtype.itemsize for n, a in zip(sizes, kept.values(), strict=True))
     return Shard(target, tuple(kept), n_bytes, sum(sizes))
+
+
+def begin_shard(
+    template: Checkpoint,
+    path: Path,
+    file: str,
+    get_tensor: GetTensor,
+    is_ready: Callable[[str], bool],
+) -> Begun:
+    """Writes a part of what ``save_shard`` is going to write, for it to go on with.
+
+    Args:
+      template: gives the order of tensors.
+      path: where it is kept, on the same disk as the file to be.
+      file: which of the template's files.
+      get_tensor: as there; what is not ready needs a shape and a dtype only.
+      is_ready: whether to write a tensor now, asked before each.
+    """
+    found = _arrays_of(template, file, get_tensor)
+    kept = {key: array for key, (_, array) in found.items()}
+    metadata = kept_metadata(template)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    now = (key for key, (name, _) in found.items() if is_ready(name))
+    return begin_tensors(path, kept, _PT if metadata is None else metadata, now)
+
+
+def _arrays_of(
+    template: Checkpoint, file: str, get_tensor: GetTensor
+) -> dict[str, tuple[str, np.ndarray | Deferred]]:
+    """Name and array of what goes into a file, by the name it has there."""
+    own = {n: i.stored_name for n, i in template.tensors.items() if i.file == file}
+    arrays = {key: (name, get_tensor(name)) for name, key in own.items()}
+    return {key: (name, array) for key, (name, array) in arrays.items() if array is not None}
 
 
 def finish_shards(template: Checkpoint, out: str | Path, shards: Sequence[Shard]) -> int:

@@ -165,6 +165,16 @@ def write_json(value: Mapping[str, Any]) -> None:
     write_out(json.dumps(value, indent=2, allow_nan=False))  # in ASCII: right for every terminal
 
 
+def add_trust(command: Command, whose: str) -> None:
+    """The flag that lets code of a model be copied."""
+    command.boolean(
+        "trust_remote_code",
+        False,
+        f"Also copy Python files of {whose}, and the auto_map in its config that makes "
+        "transformers run them.",
+    )
+
+
 def add_adapter_format(command: Command) -> None:
     """Defines ``--adapter_format``."""
     from jdetune.checkpoint.adapter_formats import FORMATS

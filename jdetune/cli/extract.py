@@ -1,6 +1,5 @@
 """``jdetune extract``: adapters of merged models whose base is known."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ def make_command() -> Command:
         _NOTES,
     )
     command.string("base", None, "Folder or .safetensors file of the base.")
-    command.string("out", None, "Folder to write: adapters/, report.json.")
+    command.string("out", None, "Folder to write: adapters/, report.json, report.html.")
     command.boolean("overwrite", False, "Replace a former output of jdetune in --out.")
     common.add_adapter_format(command)
     command.string(
@@ -71,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
 
 def render(report: dict[str, Any], out: str) -> str:
     """The report for people."""
+    from jdetune.pages.extraction_page import match_of
+
     rows = []
     for entry in report["inputs"]:
         own = [t for t in report["tensors"] if t["model"] == entry["name"]]
@@ -85,7 +86,7 @@ def render(report: dict[str, Any], out: str) -> str:
                 str(len(good)),
                 common.span([t["rank"] for t in good]),
                 common.fixed(max((t["residual_ratio"] or 0 for t in good), default=None)),
-                common.fixed(_mean_match(good), 4),
+                common.fixed(match_of(good), 4),
                 str(count.get("identical", 0)),
                 str(count.get("kept_whole", 0)),
                 str(rest),
@@ -105,11 +106,5 @@ def render(report: dict[str, Any], out: str) -> str:
     ]
     written = [entry["name"] for entry in report["inputs"] if entry["written"]]
     lines += [f"adapter   {out}/adapters/{name}" for name in written] or ["no adapter was written"]
-    return "\n".join([*lines, f"report    {out}/report.json"])
-
-
-def _mean_match(tensors: Sequence[dict[str, Any]]) -> float | None:
-    """Mean over elements, not over tensors."""
-    sizes = [math.prod(t["shape"]) for t in tensors]
-    equal = sum(t["remerge_match"] * size for t, size in zip(tensors, sizes, strict=True))
-    return equal / sum(sizes) if sizes else None
+    lines += [f"report    {out}/report.json", f"page      {out}/report.html"]
+    return "\n".join(lines)

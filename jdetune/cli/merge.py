@@ -24,6 +24,7 @@ def make_command() -> Command:
     )
     command.string("out", None, "Folder to write: merged/, report.json.")
     command.boolean("overwrite", False, "Replace a former output of jdetune in --out.")
+    common.add_trust(command, "the base")
     command.choice("rounding", "r1", ("r1", "r2", "r3"), "What is rounded.")
     return command
 
@@ -42,7 +43,14 @@ def main(argv: Sequence[str]) -> int:
     rule, line = command["rounding"].upper(), command.command_line(argv)
     with common.progress_bar(command["quiet"]) as progress:
         value = merging.run(
-            base, adapter, command["out"], rule, command["overwrite"], line, progress
+            base,
+            adapter,
+            command["out"],
+            rule,
+            command["overwrite"],
+            line,
+            progress,
+            command["trust_remote_code"],
         )
     if command["json"]:
         common.write_json(value)
@@ -61,6 +69,7 @@ def render(report: dict[str, Any], out: str) -> str:
             "bound: the order of sums in another GEMM can change "
             f"{summary['sensitive_fraction']:.4%} of the merged weights, "
             f"by {summary['max_ulp']} ulp at most",
+            *(f"note: {text}" for text in report["notes"]),
             f"merged    {out}/merged",
             f"report    {out}/report.json",
         ]

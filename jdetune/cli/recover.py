@@ -39,12 +39,7 @@ def add_run_flags(command: Command) -> None:
     """Flags that say how to recover; ``make_options`` reads them."""
     command.boolean("masks", False, "Also write OUT/masks.safetensors: which elements are certain.")
     command.boolean("dry_run", False, "Say what would be recovered, then stop.")
-    command.boolean(
-        "trust_remote_code",
-        False,
-        "Also copy Python files of the first model, and the auto_map in its config that makes "
-        "transformers run them.",
-    )
+    common.add_trust(command, "the first model")
     command.string("include", None, "Recover only matrices whose name matches this regex.")
     command.string("exclude", None, "Leave out matrices whose name matches this regex.")
     common.add_adapter_format(command)

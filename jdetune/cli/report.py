@@ -19,8 +19,8 @@ def make_command() -> Command:
     command = Command(
         "report",
         "jdetune report OUT [--out=FILE.html] [flags]",
-        "Prints the table of a former `jdetune recover` and writes its page, report.html, again.\n"
-        "OUT is the folder that recover wrote, or its report.json.",
+        "Prints the table of a former `jdetune recover` or `extract` and writes its page,\n"
+        "report.html, again. OUT is the folder that it wrote, or its report.json.",
         _NOTES,
     )
     command.string("out", None, "The page to write. Default: report.html beside report.json.")
@@ -29,7 +29,7 @@ def make_command() -> Command:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
-    from jdetune.cli.recover import render
+    from jdetune.cli import extract, recover
     from jdetune.errors import InputError
     from jdetune.pages.files import PAGE_NAME, write_page
     from jdetune.report import read_report
@@ -41,12 +41,13 @@ def main(argv: Sequence[str]) -> int:
     source = Path(arguments[0])
     folder = source if source.is_dir() else source.parent
     report = read_report(source)
+    render = extract.render if report.get("kind") == "extract" else recover.render
     page = folder / PAGE_NAME if command["out"] is None else Path(command["out"])
     try:
-        text = render(report, str(folder))
+        text = render(common.one_line(report), str(folder))
+        n_bytes = write_page(report, page)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{source}: not a whole report ({error}). Recover again.") from error
-    n_bytes = write_page(report, page)
+        raise InputError(f"{source}: not a whole report ({error}). Make it again.") from error
     if command["json"]:
         common.write_json({"page": str(page), "bytes": n_bytes, "summary": report["summary"]})
     else:

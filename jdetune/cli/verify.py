@@ -91,6 +91,11 @@ def render(result: dict[str, Any]) -> str:
         )
     if result["reference"] is not None:
         lines.append(f"{result['copied_equal']} of {result['copied']} other tensors equal")
+    if result["not_in_models"]:
+        lines.append(
+            f"{len(result['not_in_models'])} tensor(s) of the reference are in no merged model, "
+            f"e.g. {result['not_in_models'][0]}"
+        )
     if result["passed_over"]:
         lines.append(
             f"{len(result['passed_over'])} tensors passed over: skipped or failed by the report"

@@ -1,7 +1,6 @@
 """Writes the pages: ``report.html`` and the model cards, beside what they are about."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from jdetune.checkpoint.index import read_json
 from jdetune.checkpoint.writer import save_text
 from jdetune.errors import OutputError
 from jdetune.pages.cards import AdapterFacts, adapter_card, base_card
+from jdetune.pages.extraction_page import match_of, render_extraction
 from jdetune.pages.numbers import largest
 from jdetune.pages.page import GENERATOR, render
 from jdetune.pages.view import View, read_view
@@ -37,23 +37,22 @@ def write_pages(stage: Path, report: Mapping[str, Any]) -> None:
         _write_adapter_card(stage / "adapters" / name, facts, config, report, names)
 
 
-def write_extraction_cards(stage: Path, report: Mapping[str, Any]) -> None:
-    """Writes the adapters' cards of an extraction.
+def write_extraction_pages(stage: Path, report: Mapping[str, Any]) -> None:
+    """Writes the page and the adapters' cards of an extraction.
 
     Args:
       stage: folder that holds ``adapters``.
       report: what report.json holds.
     """
+    save_text(stage / PAGE_NAME, render_extraction(report))
     config = _config(Path(report["base_path"]) / "config.json")
     for entry in report["inputs"]:
         own = [t for t in report["tensors"] if t["model"] == entry["name"]]
         good = [t for t in own if t["status"] == "extracted"]
-        sizes = [math.prod(t["shape"]) for t in good]
-        equal = sum(t["remerge_match"] * size for t, size in zip(good, sizes, strict=True))
         facts = AdapterFacts(
             name=entry["name"],
             ranks=[t["rank"] for t in good],
-            match=equal / sum(sizes) if sizes else None,
+            match=match_of(good),
             ratio=largest([t["residual_ratio"] for t in good]),
             missing=[t["name"] for t in own if t["status"] in ("failed", "skipped")],
         )
@@ -64,14 +63,18 @@ def write_extraction_cards(stage: Path, report: Mapping[str, Any]) -> None:
 def write_page(report: Mapping[str, Any], path: Path) -> int:
     """Writes ``report.html`` of a report; a file that is no such page is left alone.
 
+    Args:
+      report: of ``jdetune recover`` or ``jdetune extract``.
+      path: the page.
+
     Returns:
       Its size in bytes.
 
     Raises:
-      InputError: it is no report of ``jdetune recover``.
+      InputError: it is another report.
       OutputError: the path holds something else, or cannot be written.
     """
-    text = render(report)
+    text = render_extraction(report) if report.get("kind") == "extract" else render(report)
     if path.is_dir() or (path.exists() and not _is_page(path)):
         raise OutputError(f"{path}: is no page that jdetune wrote. Choose another --out.")
     try:

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jdetune.pages import charts, tables, updates, words
@@ -39,39 +39,14 @@ def render(report: Mapping[str, Any]) -> str:
     view = read_view(report)
     title = f"{words.headline(view)} \N{MIDDLE DOT} jdetune"
     sections = [
-        _section("figures", "What became of the weights", tables.coverage(view)),
+        section("figures", "What became of the weights", tables.coverage(view)),
         words.to_do(view),
         _exactness(view),
         _updates(view),
-        _section("models", "The models", tables.models(view)),
-        _section("tensors", "Every tensor", f"{_tools(view)}{tables.tensors(view)}"),
-        _section("made", "How this was made", _made(view)),
+        section("models", "The models", tables.models(view)),
+        section("tensors", "Every tensor", f"{tools(len(view.tensors))}{tables.tensors(view)}"),
+        section("made", "How this was made", _made(view)),
     ]
-    body, script = join(f"{part}\n" for part in sections if part), _asset("report.js")
-    policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_digest(script)}'"
-        "; base-uri 'none'; form-action 'none'"
-    )
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="generator" content="{GENERATOR}">\n'
-        f'<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{_asset('report.css')}</style>\n</head>\n<body>\n"
-        f"{_header(view)}\n<main>\n{body}</main>\n"
-        f"{_footer(view)}\n<script>{script}</script>\n</body>\n</html>\n"
-    )
-
-
-def _header(view: View) -> Html:
-    tone = words.tone(view)
-    mark = (
-        '<svg viewBox="0 0 24 24" aria-hidden="true"><circle class="mark" cx="12" cy="12" '
-        f'r="10.5"/><path class="mark" d="{_MARKS[tone]}"/></svg>'
-    )
-    wide = {"good": "recovered", "part": "partly recovered", "bad": "not recovered"}[tone]
-    lede = join(tag("p", text, class_="lede") for text in words.paragraphs(view))
     links = {
         "figures": "Weights",
         "exactness": "Exactness",
@@ -81,11 +56,73 @@ def _header(view: View) -> Html:
         "made": "How this was made",
     }
     shown = {k: v for k, v in links.items() if view.solved or k not in ("exactness", "updates")}
-    nav = join(f'<li><a href="#{key}">{label}</a></li>' for key, label in shown.items())
+    tone = words.tone(view)
+    head = header(
+        tone,
+        {"good": "recovered", "part": "partly recovered", "bad": "not recovered"}[tone],
+        words.headline(view),
+        words.paragraphs(view),
+        Html(f"{tables.cards(view)}</div>{words.cautions(view)}"),
+        shown,
+    )
+    return document(title, head, sections, view.said("jdetune_version"))
+
+
+def document(title: str, head: Html, sections: Sequence[str], version: str | None) -> str:
+    """A whole document that loads nothing from anywhere.
+
+    Args:
+      title: of the page, in text.
+      head: its first part.
+      sections: the others; empty ones are left out.
+      version: of jdetune.
+    """
+    body, script = join(f"{part}\n" for part in sections if part), _asset("report.js")
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_digest(script)}'"
+        "; base-uri 'none'; form-action 'none'"
+    )
+    made = f"Made by jdetune {escape(version or '')} from report.json alone."
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="generator" content="{GENERATOR}">\n'
+        f'<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n<style>{_asset('report.css')}</style>\n</head>\n<body>\n"
+        f"{head}\n<main>\n{body}</main>\n"
+        f"<footer>{made}</footer>\n<script>{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def header(
+    tone: str,
+    verdict: str,
+    headline: str,
+    paragraphs: Iterable[Html],
+    beside: Html,
+    links: Mapping[str, str],
+) -> Html:
+    """The first part of a page: verdict, what it means, key figures, links to the sections.
+
+    Args:
+      tone: ``good``, ``part`` or ``bad``.
+      verdict: in a word.
+      headline: in a few words.
+      paragraphs: what it means.
+      beside: key figures, then an end of the box around both, and what goes below it.
+      links: section to its label.
+    """
+    mark = (
+        '<svg viewBox="0 0 24 24" aria-hidden="true"><circle class="mark" cx="12" cy="12" '
+        f'r="10.5"/><path class="mark" d="{_MARKS[tone]}"/></svg>'
+    )
+    lede = join(tag("p", text, class_="lede") for text in paragraphs)
+    nav = join(f'<li><a href="#{key}">{label}</a></li>' for key, label in links.items())
     return Html(
-        f'<header class="{tone}"><p class=brand>{mark} jdetune report \N{MIDDLE DOT} {wide}</p>'
-        f"<div class=hero><div><h1>{escape(words.headline(view))}</h1>{lede}</div>"
-        f"{tables.cards(view)}</div>{words.cautions(view)}"
+        f'<header class="{tone}"><p class=brand>{mark} jdetune report \N{MIDDLE DOT} {verdict}</p>'
+        f"<div class=hero><div><h1>{escape(headline)}</h1>{lede}</div>"
+        f"{beside}"
         f'<nav aria-label="Sections"><ul>{nav}</ul></nav></header>'
     )
 
@@ -96,7 +133,7 @@ def _exactness(view: View) -> Html:
     if not shown:
         return Html("")
     content = f"{tag('div', join(shown), class_='charts')}{tables.ulps(view)}"
-    return _section("exactness", "How exact it is", content)
+    return section("exactness", "How exact it is", content)
 
 
 def _updates(view: View) -> Html:
@@ -109,11 +146,12 @@ def _updates(view: View) -> Html:
             "above it, the surer the ranks."
         )
         parts.append(f"<h3>Singular values</h3><p class=note>{escape(note)}</p>{spectra}")
-    return _section("updates", "What the models changed", join(parts)) if parts else Html("")
+    return section("updates", "What the models changed", join(parts)) if parts else Html("")
 
 
-def _tools(view: View) -> Html:
-    if len(view.tensors) < 8:
+def tools(count: int) -> Html:
+    """A box to find tensors with, where there are many."""
+    if count < 8:
         return Html("")
     return Html(
         "<div class=tools hidden><label>Find <input type=search "
@@ -169,12 +207,8 @@ def _base(view: View) -> str | None:
     )
 
 
-def _footer(view: View) -> Html:
-    version = view.said("jdetune_version") or ""
-    return Html(f"<footer>Made by jdetune {escape(version)} from report.json alone.</footer>")
-
-
-def _section(name: str, heading: str, content: str) -> Html:
+def section(name: str, heading: str, content: str) -> Html:
+    """A part of a page that links lead to."""
     return Html(f'<section id="{name}"><h2>{escape(heading)}</h2>{content}</section>')
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from jdetune.checkpoint.manifest import is_common
 from jdetune.checkpoint.reader import numpy_dtype
-from jdetune.foreign import Spectrum, spectrum
+from jdetune.foreign import Spectrum, low_rank, spectrum
 from jdetune.types import STORAGE_DTYPES
 from jdetune.zoo.sampling import LEAST_SIDE, Order, Sample, Sampler, kind_of, same_files
 
@@ -16,9 +16,6 @@ FAR = 0.5
 #: Where matrices disagree, this many times those asked for are tested, and those of low rank must
 #: be this many times the others: near the rounding, a quantised base may pass in single matrices.
 PATIENCE, MAJORITY = 3, 2
-#: Ranks up to this share of the side are taken as they are; larger ones must hold in a part of the
-#: matrix in which they still leave some room.
-UNSUSPICIOUS, ROOMY = 0.125, 0.85
 #: A difference is one of rounding if the middles of their spectra agree within this factor.
 ROUNDING_SPAN = 1.5
 #: Rows and columns that are enough to see that.
@@ -149,7 +146,7 @@ def compare_matrix(sampler: Sampler, first: int, second: int, name: str) -> Laye
     if pair is None:
         return Layer(name, "not_finite")
     storage = _storage(sampler, first, second, name)
-    low, rank = _low_rank(pair, storage)
+    low, rank = low_rank(pair, storage)
     size = _rms(pair[0] - pair[1]) / max(_rms(pair), 1e-30)
     verdict = "low_rank" if low else "full_rank"
     return Layer(name, verdict, rank, min(pair.shape[1:]), size, storage)
@@ -178,41 +175,6 @@ def finite_pair(one: Sample, two: Sample) -> np.ndarray | None:
     pair = pair[:, rows][:, :, cols]
     least = min(LEAST_SIDE, *one.matrix.shape)
     return pair if min(pair.shape[1:]) >= least and pair.size > good.size else None
-
-
-def _low_rank(pair: np.ndarray, storage: Sequence[str]) -> tuple[bool, int]:
-    """Whether two models differ by low rank and rounding, and by which rank.
-
-    Of two models in different dtypes, the one in the narrower may have been merged from a base
-    that was rounded, too.
-    """
-    rank, twice = 0, tuple(1 + (name != WIDEST) for name in storage)
-    for roundings in ((1, 1), twice) if storage[0] != storage[1] else ((1, 1),):
-        found = spectrum(pair, storage, even=True, roundings=roundings)
-        if found.low_rank and _holds_in_part(pair, storage, found.rank, roundings):
-            return True, found.rank
-        rank = rank or found.rank
-    return False, rank
-
-
-def _holds_in_part(
-    pair: np.ndarray, storage: Sequence[str], rank: int, roundings: Sequence[int]
-) -> bool:
-    """Whether a rank is the same in a part of the matrix: a spread-out spectrum shrinks with it.
-
-    What differs by a little more than the rounding everywhere (a quantised base) has many singular
-    values below the noise edge, and looks like a large rank.
-    """
-    side = min(pair.shape[1:])
-    if rank <= UNSUSPICIOUS * side:
-        return True
-    share = max(0.5, rank / (ROOMY * side))
-    rng = np.random.default_rng(0)
-    rows, cols = (
-        rng.choice(size, int(np.ceil(share * size)), replace=False) for size in pair.shape[1:]
-    )
-    part = spectrum(pair[:, rows][:, :, cols], storage, even=True, roundings=roundings)
-    return part.rank > rank * (1 + share) / 2
 
 
 def _rms(matrix: np.ndarray) -> float:

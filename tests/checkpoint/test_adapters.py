@@ -144,6 +144,27 @@ def test_dora_is_refused(tmp_path):
         load_adapter(tmp_path / "x")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"target_parameters": [0]}, {"target_parameters": {"a": 1}}, {"target_parameters": "a"}),
+        *({"r": "8"}, {"r": None}, {"lora_alpha": [1]}, {"rank_pattern": {"q": "2"}}),
+        {"target_parameters": ["a.q"], "r": 0},
+    ],
+)
+def test_configs_of_other_types_are_refused(tmp_path, change):
+    model = checkpoint(tmp_path, ["a.q.weight"])
+    write_adapter(tmp_path / "x", {"a.q.weight": factors(0, 1)}, model)
+    if change.get("r") == 0:  # named as factors of a stack are
+        arrays = {"base_model.model.a.lora_A.weight": factors(0, 2)[1]}
+        arrays["base_model.model.a.lora_B.weight"] = factors(0, 2)[0]
+        save_safetensors(tmp_path / "x" / "adapter_model.safetensors", arrays)
+    config = {**config_of(tmp_path / "x"), **change}
+    (tmp_path / "x" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="is no number|list of names|do not fit rank"):
+        read_adapter(tmp_path / "x")
+
+
 def test_merge_scales_after_the_product_and_rounds_once():
     base = np.array([[1.0, 2.0]], np.float16)
     left, right = np.array([[0.1]], np.float32), np.array([[0.3, 0.7]], np.float32)
