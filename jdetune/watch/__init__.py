@@ -6,6 +6,7 @@ After "Watch the Weights" (Zhong and Raghunathan, arXiv 2508.00161). Works on th
 
 from jdetune.watch.audit import Finding, Leaders, findings, lead, no_leaders, precision_at
 from jdetune.watch.baselines import (
+    Mahalanobis,
     auroc,
     distances,
     fit_mahalanobis,
@@ -36,6 +37,7 @@ __all__ = [
     "Finding",
     "Firing",
     "Leaders",
+    "Mahalanobis",
     "Monitor",
     "Rate",
     "Steer",
