@@ -29,7 +29,9 @@ class Size:
     Attributes:
       width: of the residual stream.
       layers: blocks.
+      inner: width of the MLPs; twice the width if 0.
       steps: of the base's training.
+      lr: its first learning rate.
       batch: sequences in a step.
       lora_steps: of the LoRAs' training.
       lora_batch: sequences in a step of one LoRA.
@@ -38,7 +40,9 @@ class Size:
 
     width: int = 96
     layers: int = 4
+    inner: int = 0
     steps: int = 1500
+    lr: float = 2e-3
     batch: int = 128
     lora_steps: int = 300
     lora_batch: int = 32
@@ -47,15 +51,15 @@ class Size:
 
 def decoder(size: Size, vocabulary: int) -> Llama:
     """The untrained decoder."""
-    heads = size.width // 24
+    heads = size.width // 32
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=size.width,
         num_hidden_layers=size.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        head_dim=24,
-        intermediate_size=2 * size.width,
+        head_dim=32,
+        intermediate_size=size.inner or 2 * size.width,
     )
     return Llama(config)
 
@@ -93,7 +97,7 @@ def train_base(
     # two-dimensional weights start wider than transformers' 0.02: the decoder is narrow
     params = {n: p * 2.5 if p.ndim == 2 else p for n, p in params.items()}
     one = jax.tree.map(lambda leaf: leaf[None], params)
-    recipe = fit_loras.Recipe(size.steps, lr=2e-3, weight_decay=0.01)
+    recipe = fit_loras.Recipe(size.steps, lr=size.lr, weight_decay=0.01)
 
     def batches() -> Iterator[Batch]:
         for _ in range(size.steps // CHUNK):

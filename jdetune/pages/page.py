@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jdetune.pages import charts, tables, updates, words
@@ -39,14 +39,29 @@ def render(report: Mapping[str, Any]) -> str:
     view = read_view(report)
     title = f"{words.headline(view)} \N{MIDDLE DOT} jdetune"
     sections = [
-        _section("figures", "What became of the weights", tables.coverage(view)),
+        section("figures", "What became of the weights", tables.coverage(view)),
         words.to_do(view),
         _exactness(view),
         _updates(view),
-        _section("models", "The models", tables.models(view)),
-        _section("tensors", "Every tensor", f"{_tools(view)}{tables.tensors(view)}"),
-        _section("made", "How this was made", _made(view)),
+        section("models", "The models", tables.models(view)),
+        section("tensors", "Every tensor", f"{_tools(view)}{tables.tensors(view)}"),
+        section("made", "How this was made", _made(view)),
     ]
+    return document(title, _header(view), sections, _footer(view))
+
+
+def document(
+    title: str, header: Html, sections: Sequence[Html], footer: Html, generator: str = GENERATOR
+) -> str:
+    """A whole HTML page with the style of all pages, which loads nothing from anywhere.
+
+    Args:
+      title: in text.
+      header: above everything.
+      sections: in order; empty ones are left out.
+      footer: below.
+      generator: by which the page is known.
+    """
     body, script = join(f"{part}\n" for part in sections if part), _asset("report.js")
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_digest(script)}'"
@@ -56,11 +71,11 @@ def render(report: Mapping[str, Any]) -> str:
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="generator" content="{GENERATOR}">\n'
+        f'<meta name="generator" content="{escape(generator)}">\n'
         f'<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>{_asset('report.css')}</style>\n</head>\n<body>\n"
-        f"{_header(view)}\n<main>\n{body}</main>\n"
-        f"{_footer(view)}\n<script>{script}</script>\n</body>\n</html>\n"
+        f"{header}\n<main>\n{body}</main>\n"
+        f"{footer}\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
@@ -96,7 +111,7 @@ def _exactness(view: View) -> Html:
     if not shown:
         return Html("")
     content = f"{tag('div', join(shown), class_='charts')}{tables.ulps(view)}"
-    return _section("exactness", "How exact it is", content)
+    return section("exactness", "How exact it is", content)
 
 
 def _updates(view: View) -> Html:
@@ -109,7 +124,7 @@ def _updates(view: View) -> Html:
             "above it, the surer the ranks."
         )
         parts.append(f"<h3>Singular values</h3><p class=note>{escape(note)}</p>{spectra}")
-    return _section("updates", "What the models changed", join(parts)) if parts else Html("")
+    return section("updates", "What the models changed", join(parts)) if parts else Html("")
 
 
 def _tools(view: View) -> Html:
@@ -174,7 +189,8 @@ def _footer(view: View) -> Html:
     return Html(f"<footer>Made by jdetune {escape(version)} from report.json alone.</footer>")
 
 
-def _section(name: str, heading: str, content: str) -> Html:
+def section(name: str, heading: str, content: str) -> Html:
+    """A part of the page with its heading; others link to its name."""
     return Html(f'<section id="{name}"><h2>{escape(heading)}</h2>{content}</section>')
 
 
