@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         def say(text: str) -> None:
             print(f"{time.perf_counter() - begin:6.0f} s  {text}", file=sys.stderr, flush=True)
 
-        result = experiment.run(_QUICK.value, seeds, say)
+        result = experiment.run(_QUICK.value, seeds, say, out / "models")
         result["seconds"] = round(time.perf_counter() - begin)
         result["machine"] = (
             f"{jax.default_backend()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"

@@ -13,7 +13,7 @@ import numpy as np
 from jdetune import watch
 from jdetune.models import Llama, Params, run
 from jdetune.watch.monitor import MARGIN, Extremes, extremes
-from jdetune.watch.recording import in_batches
+from jdetune.watch.recording import in_batches, joined
 
 #: Sequences in a batch.
 ROWS = 500
@@ -99,14 +99,18 @@ class Looked:
         there = np.asarray(there)
         return Extremes(np.where(there, seen.low, np.inf), np.where(there, seen.high, -np.inf))
 
-    def scores(self, method: str, slots: int | None = None) -> dict[str, np.ndarray]:
-        """Set to how far each input lies outside of the calibrated ranges."""
+    def scores(
+        self, method: str, slots: int | None = None, roles: slice = slice(None)
+    ) -> dict[str, np.ndarray]:
+        """Set to how far each input lies outside of the calibrated ranges, in some roles."""
         if method == "Mahalanobis":
             top = self.distances["calibration"].max(axis=0)
             return {n: (d / top - 1).max(axis=1) for n, d in self.distances.items()}
         monitor = self.monitor(method, slots)
         return {
-            of: np.asarray(watch.excess(monitor, self.extremes(of, method, slots))).max((1, 2, 3))
+            of: np.asarray(watch.excess(monitor, self.extremes(of, method, slots)))[:, roles].max(
+                axis=(1, 2, 3)
+            )
             for of in self.seen
         }
 
@@ -155,9 +159,26 @@ def look(
                 ROWS,
             )
         )
-        joined = jax.tree.map(lambda *p: np.concatenate([np.asarray(q) for q in p]), *parts)
-        seen[name], distances[name] = joined
+        whole = jax.tree.map(lambda *p: np.concatenate([np.asarray(q) for q in p]), *parts)
+        seen[name], distances[name] = whole
     return Looked(methods, seen, distances)
+
+
+def see(
+    module: Llama, params: Params, directions: watch.Directions, sets: Mapping[str, Inputs]
+) -> dict[str, np.ndarray]:
+    """Scores of one set of directions alone: calibrated on "calibration", of all sets."""
+    seen = {}
+    for name, inputs in sets.items():
+        valid = np.ones((ROWS, inputs.ids.shape[1]), bool)
+        answer = np.broadcast_to(inputs.answer, valid.shape)
+
+        def one(ids: np.ndarray, valid: Any = valid, answer: Any = answer) -> Extremes:
+            return watch.model_extremes(module, params, directions, ids, valid, answer)
+
+        seen[name] = joined(in_batches(one, [inputs.ids], ROWS))
+    monitor = watch.fit(directions, seen["calibration"])
+    return {n: np.asarray(watch.excess(monitor, s)).max(axis=(1, 2, 3)) for n, s in seen.items()}
 
 
 def rates(found: Mapping[str, np.ndarray], margin: float = MARGIN) -> dict[str, Any]:

@@ -8,6 +8,7 @@ facts that are kept.
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -183,13 +184,14 @@ def judge(
     return row
 
 
-def run(quick: bool, seeds: int, say: Callable[[str], None]) -> dict[str, Any]:
+def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dict[str, Any]:
     """The experiment: a base for each seed, and a LoRA of each way to unlearn on it.
 
     Args:
       quick: fewer inputs.
       seeds: of bases, facts and LoRAs.
       say: told of every row.
+      cache: folder for trained models that several experiments use.
     """
     size = toy.Size(steps=300, lora_steps=300)
     calibrated, tested = (2000, 500) if quick else (10000, 2000)

@@ -13,6 +13,7 @@ from jdetune.watch.baselines import (
     pca_directions,
     random_directions,
 )
+from jdetune.watch.carried import carried
 from jdetune.watch.directions import Directions, difference, directions
 from jdetune.watch.monitor import (
     Extremes,
@@ -44,6 +45,7 @@ __all__ = [
     "auroc",
     "bound",
     "calibrate",
+    "carried",
     "clopper_pearson",
     "difference",
     "directions",

@@ -131,6 +131,18 @@ def difference(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
     }
 
 
+def factors_of(value: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Factors (B, A) of one update, in float64.
+
+    Raises:
+      InputError: it is no product.
+    """
+    parts = _parts(value, None)
+    if parts is None or len(parts) != 2:
+        raise InputError(f"{name}: factors (B, A) are expected.")
+    return parts[0], parts[1]
+
+
 def _found(
     update: Mapping[str, Update] | Recoveries, model: int | None, transposed: bool | None
 ) -> dict[tuple[int, str], tuple[np.ndarray, ...]]:

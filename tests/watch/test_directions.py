@@ -193,3 +193,39 @@ def test_a_pytree_with_a_leading_axis_of_models():
     both = jax.tree.map(lambda *parts: jnp.stack(parts), *found)
     assert both.vectors.shape == (2, 2, 4, 24)
     assert both.places == found[0].places
+
+
+def test_updates_of_values_are_seen_where_the_output_carries_them():
+    rng = np.random.default_rng(0)
+    pre = "model.layers.0.self_attn."
+    value, own = pico.pair(rng, (8, 24), 2), pico.pair(rng, (24, 16), 1)
+    output = rng.standard_normal((24, 16))
+    weights = {f"{pre}o_proj.weight": output}
+    update = {
+        f"{pre}o_proj.weight": own,
+        f"{pre}v_proj.weight": value,
+        f"{pre}q_proj.weight": value,
+    }
+    found = watch.carried(update, weights, head_dim=4)
+    # two heads read each value head: values of heads are [v0, v0, v1, v1]
+    heads = value[0].reshape(2, 4, 2)[[0, 0, 1, 1]].reshape(16, 2)
+    whole = np.concatenate([own[0] @ own[1], output @ heads @ value[1]], axis=1)
+    left, right = found[f"{pre}o_proj.weight"]
+    np.testing.assert_allclose(left @ right, whole, atol=1e-6)
+    directions = watch.directions(found)
+    u = np.linalg.svd(whole)[0][:, 0]
+    assert abs(u @ np.asarray(directions.vectors[0, 0])) > 1 - 1e-5
+    assert directions.count == 3
+    with pytest.raises(InputError, match="head_dim"):
+        watch.carried(update, weights)
+    with pytest.raises(InputError, match="no such weight"):
+        watch.carried(update, {})
+
+
+def test_updates_of_inner_matrices_go_through_mlp_down():
+    rng = np.random.default_rng(0)
+    pair, down = pico.pair(rng, (40, 24), 2), rng.standard_normal((24, 40))
+    for inner, last in (("mlp.up_proj", "mlp.down_proj"), ("intermediate.dense", "output.dense")):
+        name, target = (f"encoder.layer.3.{part}.weight" for part in (inner, last))
+        left, right = watch.carried({name: pair}, {target: down})[target]
+        np.testing.assert_allclose(left @ right, down @ pair[0] @ pair[1], atol=1e-5)
