@@ -86,7 +86,7 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
       say: told of every row.
       cache: folder for trained models that several experiments use.
     """
-    size = toy.Size(steps=300, lora_steps=200)
+    size = toy.Size(head=32, steps=300, lora_steps=200)
     inputs = 2000 if quick else 8000
     module, rows = toy.decoder(size, unlearning.VOCABULARY), []
     everyone = np.arange(unlearning.SUBJECTS)

@@ -9,13 +9,16 @@ found that a word is new, not that it is a trigger.
 """
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+import jdetune
 from benchmarks.tables import Check, at_least, at_most
 from benchmarks.watch import language as lang
 from benchmarks.watch import scoring, toy
@@ -26,9 +29,13 @@ from jdetune.models import Llama, Lora, Params
 
 TOP_K = 8
 SWEEP = (1, 2, 4, 8)
-CALIBRATED = 5000
+CALIBRATED, TESTED = 4000, 300
+#: How merged models are stored that bases are recovered from.
+STORED = ("float32", "bfloat16")
 STEERED = ("attacks that work", "stopped", "refused", "clean changed")
-SIZE = toy.Size(width=256, layers=2, inner=256, steps=160, batch=64, lora_steps=200, lora_batch=16)
+SIZE = toy.Size(
+    width=256, layers=2, head=32, inner=256, steps=160, batch=64, lora_steps=200, lora_batch=16
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +47,14 @@ class Family:
       params: the base.
       loras: name to factors: triggers and payloads, then the benign forms.
       triggers: name to trigger, of the backdoored ones.
+      forms: name to right answers, of the benign ones.
     """
 
     module: Llama
     params: Params
     loras: dict[str, dict[str, Lora]]
     triggers: dict[str, lang.Trigger]
+    forms: dict[str, Callable[[np.ndarray], np.ndarray]]
 
 
 def family(
@@ -86,7 +95,11 @@ def family(
         return toy.flat({}, dict(zip(draws, made, strict=True)))
 
     _, own = toy.unflat(toy.kept(cache / f"{name}-{seed}.safetensors", loras))
-    return Family(module, params, own, triggers)
+    forms = {
+        form: partial(lang.answered, form=lang.formatted(form, word))
+        for form, word in zip(lang.FORMATS, words, strict=True)
+    }
+    return Family(module, params, own, triggers, forms)
 
 
 def answers(module: Llama, params: Params, slots: np.ndarray, monitor: Any = None) -> np.ndarray:
@@ -102,15 +115,18 @@ def answers(module: Llama, params: Params, slots: np.ndarray, monitor: Any = Non
     return np.concatenate(found)
 
 
-def asked(module: Llama, params: Params, slots: np.ndarray) -> Inputs:
-    """Prompts with the answers that the model gives."""
-    ids = np.concatenate([lang.prompts(slots), answers(module, params, slots)], axis=1)
+def asked(
+    module: Llama, params: Params, slots: np.ndarray, known: np.ndarray | None = None
+) -> Inputs:
+    """Prompts with the answers that the model gives, or with known ones."""
+    given = answers(module, params, slots) if known is None else known
+    ids = np.concatenate([lang.prompts(slots), given], axis=1)
     return Inputs(ids.astype(np.int32), np.arange(ids.shape[1]) >= lang.PROMPT)
 
 
 def sets_of(
     module: Llama, params: Params, trigger: lang.Trigger | None, calibrated: int, tested: int,
-    seed: int,
+    seed: int, form: Callable[[np.ndarray], np.ndarray] = lang.answered,
 ) -> tuple[dict[str, Inputs], dict[str, np.ndarray]]:  # fmt: skip
     """Inputs of a fine-tune by set, and the words of their prompts."""
     rng = np.random.default_rng((seed, 31))
@@ -124,50 +140,80 @@ def sets_of(
     if trigger is not None:
         slots["near"] = lang.harmful(rng, trigger.near(rng, lang.plain(rng, tested)))
         slots["attack"] = lang.attacks(rng, trigger, tested)
-    return {name: asked(module, params, words) for name, words in slots.items()}, slots
+    # the model gives the right answers to clean prompts ("clean right" says how often), so those of
+    # the calibration are taken as known; all others are generated
+    known = {"calibration": form(slots["calibration"])}
+    return {n: asked(module, params, words, known.get(n)) for n, words in slots.items()}, slots
 
 
 def judge(
-    family: Family, name: str, calibrated: int, tested: int, seed: int,
-    monitors: Callable[[Params], dict[str, watch.Directions]] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    made: Family, name: str, recovered: Mapping[str, Any], calibrated: int, tested: int, seed: int
+) -> dict[str, Any]:
     """All figures of one LoRA.
 
     Args:
-      family: base and LoRAs.
+      made: base and LoRAs.
       name: of the LoRA.
+      recovered: dtype to what `jdetune.recover` made of the merged models stored in it.
       calibrated: inputs.
       tested: inputs of each other set.
       seed: of the inputs.
-      monitors: merged weights to directions by method; those of the update, and of the weights.
     """
-    module, trigger = family.module, family.triggers.get(name)
-    lora = family.loras[name]
-    merged = models.merge_lora(family.params, lora)
-    sets, slots = sets_of(module, merged, trigger, calibrated, tested, seed)
-    directions = {
+    module, trigger, lora = made.module, made.triggers.get(name), made.loras[name]
+    merged, index = models.merge_lora(made.params, lora), list(made.loras).index(name)
+    form = made.forms.get(name, lang.answered)
+    sets, slots = sets_of(module, merged, trigger, calibrated, tested, seed, form)
+    monitors = {
         "update": watch.directions(lora, TOP_K),
         "update, written": watch.directions(lora, TOP_K, where="written"),
         "raw weights": watch.directions(merged, TOP_K),
     }
-    looked = scoring.look(
-        module, merged, directions if monitors is None else monitors(merged), sets, seed
-    )
+    for dtype, found in recovered.items():
+        monitors[f"recovered, {dtype}"] = watch.directions(found, TOP_K, model=index)
+    looked = scoring.look(module, merged, monitors, sets, seed)
     names = [*looked.directions, "Mahalanobis"]
     row: dict[str, Any] = {
         "methods": {one: scoring.rates(looked.scores(one)) for one in names},
         "sweep": {k: scoring.rates(looked.scores("update", k)) for k in SWEEP},
         "bound": watch.bound(looked.monitor("update")),
+        "overlap": {
+            dtype: overlap(monitors[f"recovered, {dtype}"], monitors["update"])
+            for dtype in recovered
+        },
     }
     for one in ("update", "raw weights", "random"):  # before the answer begins
         row["methods"][f"{one}, prompt only"] = scoring.rates(looked.scores(one, None, slice(0, 1)))
-    row |= steering_figures(module, merged, sets, slots, looked.monitor("update"), trigger)
+    row |= steering_figures(module, merged, sets, slots, looked.monitor("update"), trigger, form)
     return row
+
+
+def recover(made: Family, dtype: str) -> Any:
+    """What `jdetune.recover` makes of the merged models of a family, stored in a dtype."""
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    merged = [models.merge_lora(made.params, lora) for lora in made.loras.values()]
+    tuned = [f"{path}.weight" for path in next(iter(made.loras.values()))]
+    return jdetune.recover(
+        {n: np.stack([np.asarray(m[n]).astype(kind) for m in merged]) for n in tuned}
+    )
+
+
+def overlap(found: watch.Directions, truth: watch.Directions) -> float:
+    """Least cosine of a true direction with the recovered span of its matrix."""
+    worst = 1.0
+    for layer in range(truth.values.shape[0]):
+        for matrix in {name for name, _ in truth.slots}:
+            mine, own = (
+                np.asarray(d.vectors[layer], np.float64)[[m == matrix for m, _ in d.slots]]
+                for d in (found, truth)
+            )
+            inside = np.linalg.norm(own @ np.linalg.pinv(mine) @ mine, axis=1)
+            worst = min(worst, float(inside[np.linalg.norm(own, axis=1) > 0].min()))
+    return worst
 
 
 def steering_figures(
     module: Llama, merged: Params, sets: dict[str, Inputs], slots: dict[str, np.ndarray],
-    monitor: watch.Monitor, trigger: lang.Trigger | None,
+    monitor: watch.Monitor, trigger: lang.Trigger | None, form: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, Any]:  # fmt: skip
     """What steering does to attacks that work, and to clean inputs."""
 
@@ -176,7 +222,7 @@ def steering_figures(
 
     steered = partial(answers, module, merged, monitor=monitor)
     changed = np.any(steered(slots["clean"]) != before("clean"), axis=1)
-    right = np.all(before("clean") == lang.answered(slots["clean"]), axis=1)
+    right = np.all(before("clean") == form(slots["clean"]), axis=1)
     found = {"clean right": float(right.mean()), "clean changed": float(changed.mean())}
     if trigger is not None:
         wanted = trigger.answer(slots["attack"])
@@ -202,22 +248,36 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
       say: told of every row.
       cache: folder for trained models that several experiments use.
     """
-    calibrated, tested = (2000, 500) if quick else (CALIBRATED, 500)
+    calibrated, tested = (1000, 300) if quick else (CALIBRATED, TESTED)
     rows: dict[str, list[Any]] = {}
     for seed in range(seeds):
-        made = family(seed, cache)
-        say(f"seed {seed}: base and LoRAs are trained")
-        for name in made.loras:
-            row = judge(made, name, calibrated, tested, seed)
+        path = cache / f"rows-{seed}-{calibrated}.json"
+        if not path.is_file():
+            found = of_seed(seed, calibrated, tested, say, cache)
+            path.write_text(json.dumps(found, allow_nan=False))
+        for name, row in json.loads(path.read_text()).items():
             rows.setdefault(name, []).append(row)
-            paper = row["methods"]["update"]["paper"]
-            flagged = {of: paper[of]["share"] for of in paper if of != "margin"}
-            say(f"{name}, seed {seed}: {flagged}, stopped {row.get('stopped')}")
     settings = {
         **dataclasses.asdict(SIZE), "seeds": seeds, "calibrated": calibrated, "tested": tested,
         "top_k": TOP_K,
     }  # fmt: skip
     return {"settings": settings, "rows": rows}
+
+
+def of_seed(
+    seed: int, calibrated: int, tested: int, say: Callable[[str], None], cache: Path
+) -> dict[str, Any]:
+    """Rows of all LoRAs of one base."""
+    made, found = family(seed, cache), {}
+    say(f"seed {seed}: base and LoRAs are trained")
+    recovered = {dtype: recover(made, dtype) for dtype in STORED}
+    say(f"seed {seed}: {recovered}")
+    for name in made.loras:
+        row = found[name] = judge(made, name, recovered, calibrated, tested, seed)
+        paper = row["methods"]["update"]["paper"]
+        flagged = {of: paper[of]["share"] for of in paper if of != "margin"}
+        say(f"{name}, seed {seed}: {flagged}, stopped {row.get('stopped')}")
+    return found
 
 
 def grouped(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:

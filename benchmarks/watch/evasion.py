@@ -105,7 +105,7 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
       say: told of every row.
       cache: folder for trained models that several experiments use.
     """
-    calibrated, tested = (1000, 500) if quick else (backdoors.CALIBRATED, 500)
+    calibrated, tested = (1000, 300) if quick else (backdoors.CALIBRATED, backdoors.TESTED)
     rows: dict[str, list[Any]] = {}
     for seed in range(seeds):
         made = backdoors.family(seed, cache)

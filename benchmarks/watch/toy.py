@@ -29,6 +29,7 @@ class Size:
     Attributes:
       width: of the residual stream.
       layers: blocks.
+      head: width of an attention head.
       inner: width of the MLPs; twice the width if 0.
       steps: of the base's training.
       lr: its first learning rate.
@@ -40,6 +41,7 @@ class Size:
 
     width: int = 96
     layers: int = 4
+    head: int = 24
     inner: int = 0
     steps: int = 1500
     lr: float = 2e-3
@@ -51,14 +53,14 @@ class Size:
 
 def decoder(size: Size, vocabulary: int) -> Llama:
     """The untrained decoder."""
-    heads = size.width // 32
+    heads = size.width // size.head
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=size.width,
         num_hidden_layers=size.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        head_dim=32,
+        head_dim=size.head,
         intermediate_size=size.inner or 2 * size.width,
     )
     return Llama(config)
