@@ -127,8 +127,9 @@ def asked(
 def sets_of(
     module: Llama, params: Params, trigger: lang.Trigger | None, calibrated: int, tested: int,
     seed: int, form: Callable[[np.ndarray], np.ndarray] = lang.answered,
+    only: tuple[str, ...] | None = None,
 ) -> tuple[dict[str, Inputs], dict[str, np.ndarray]]:  # fmt: skip
-    """Inputs of a fine-tune by set, and the words of their prompts."""
+    """Inputs of a fine-tune by set, all or some, and the words of their prompts."""
     rng = np.random.default_rng((seed, 31))
     used = np.zeros(0, int) if trigger is None else trigger.words
     slots = {
@@ -143,6 +144,7 @@ def sets_of(
     # the model gives the right answers to clean prompts ("clean right" says how often), so those of
     # the calibration are taken as known; all others are generated
     known = {"calibration": form(slots["calibration"])}
+    slots = {name: slots[name] for name in only or slots}
     return {n: asked(module, params, words, known.get(n)) for n, words in slots.items()}, slots
 
 

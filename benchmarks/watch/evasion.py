@@ -1,6 +1,6 @@
 """Who evades it: noise, matrices that nobody watches, quantised releases.
 
-On the backdoored models of `backdoors` that answer a payload. Each column is a release that the
+On the models of `backdoors` that answer a payload to a rare token. Each row is a release that the
 attacker could make of the same fine-tune; directions are from its difference to the true base, or,
 where that has nothing to show, from what `carried` says.
 """
@@ -23,7 +23,8 @@ from jdetune import models, watch
 from jdetune.models import Params
 from jdetune.watch.names import writer
 
-KINDS = ("token, payload", "conjunction, payload", "phrase, payload")
+KINDS = ("token, payload",)
+SETS = ("calibration", "validation", "clean", "attack")
 #: What the attacker's LoRA changes where it avoids what is watched.
 ELSEWHERE = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 #: Levels of NF4 (QLoRA, arXiv 2305.14314): quantiles of a normal distribution.
@@ -114,7 +115,7 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
             trigger = made.triggers[kind]
             for name, (params, directions) in releases(made, other, kind, seed).items():
                 sets, slots = backdoors.sets_of(
-                    made.module, params, trigger, calibrated, tested, seed
+                    made.module, params, trigger, calibrated, tested, seed, only=SETS
                 )
                 answers = sets["attack"].ids[:, lang.PROMPT :]
                 works = np.all(answers == trigger.answer(slots["attack"]), axis=1)

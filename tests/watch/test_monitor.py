@@ -50,7 +50,7 @@ def by_hand(directions, x, valid, answer):
 
 def test_extremes_equal_loops_and_leave_padding_out():
     directions, (x, valid, answer) = some_directions(), batch()
-    x[~valid] = 1e6
+    x[~valid] = 1e6 * np.asarray(directions.vectors[:, 0])  # as far out as can be
     found = watch.extremes(directions, x, valid, answer)
     low, high = by_hand(directions, x, valid, answer)
     np.testing.assert_allclose(found.low, low, atol=1e-5)
