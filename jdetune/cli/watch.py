@@ -37,6 +37,9 @@ def make_command() -> Command:
     command.string("page", None, "Write an HTML page to this file.")
     command.integer("top_k", 20, "Directions of each matrix.")
     command.integer("drop_last", 0, "Leave out so many last layers.", lower=0)
+    command.boolean(
+        "carried", False, "Also watch updates of values and inner matrices, as the next carry them."
+    )
     command.number("margin", 0.01, "How far outside of its range a cosine must lie.")
     command.number("trim", 0.0, "Share of the texts left out at each end of a range.")
     command.integer("extremes", 10, "Inputs shown at each end of a direction.")
@@ -65,7 +68,18 @@ def main(argv: Sequence[str]) -> int:
     from jdetune.watch import session
 
     names = (
-        *("texts", "check", "monitor", "save", "page", "top_k", "drop_last", "margin", "trim"),
+        *(
+            "texts",
+            "check",
+            "monitor",
+            "save",
+            "page",
+            "top_k",
+            "drop_last",
+            "carried",
+            "margin",
+            "trim",
+        ),
         *("extremes", "answer_tokens", "batch", "max_tokens"),
     )
     options = session.Options(

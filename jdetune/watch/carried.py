@@ -33,7 +33,7 @@ def carried(
 
     Args:
       update: as `directions` takes factors: name to (B, A) or ``Lora``.
-      weights: of the base, or of the model, by name with ``.weight``, [out, in].
+      weights: of the fine-tuned model, by name with ``.weight``, [out, in].
       head_dim: of a head; needed where several heads share a value head.
 
     Returns:

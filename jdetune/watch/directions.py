@@ -111,7 +111,7 @@ def directions(
     if not layers:
         raise InputError(
             "No matrix of the update writes to the residual stream (attention output, MLP down). "
-            "A fine-tune of the others leaves no directions to watch."
+            "Where values or inner matrices changed, watch.carried (--carried) makes directions."
         )
     kept = {key: pair for key, pair in found.items() if key[0] in layers}
     return _arranged(_singular(kept, top_k), layers, where)

@@ -20,6 +20,7 @@ from jdetune.models.llama import Llama
 from jdetune.models.text import load_codec, pad_batch
 from jdetune.pipeline import version
 from jdetune.watch.audit import findings, lead, no_leaders
+from jdetune.watch.carried import carried
 from jdetune.watch.directions import Directions, directions
 from jdetune.watch.monitor import MARGIN, ROLES, Extremes, Monitor, flag
 from jdetune.watch.page import render
@@ -44,6 +45,7 @@ class Options:
       page: file for the HTML page.
       top_k: directions of each matrix.
       drop_last: last layers left out.
+      carried: also watch updates of values and inner matrices, where the next ones carry them.
       margin: how far outside of its range a cosine must lie.
       trim: share of inputs left out at each end of a range.
       extremes: inputs shown at each end of a direction.
@@ -60,6 +62,7 @@ class Options:
     page: str | None = None
     top_k: int = 20
     drop_last: int = 0
+    carried: bool = False
     margin: float = MARGIN
     trim: float = 0.0
     extremes: int = 10
@@ -134,8 +137,12 @@ def run(
 
 def directions_of(tuned: Tuned, options: Options) -> Directions:
     """What the update added."""
+    update = tuned.update
+    if options.carried:
+        size = tuned.module.config.head_dim if isinstance(tuned.module, Llama) else None
+        update = carried(update, tuned.params, size)
     return directions(
-        tuned.update,
+        update,
         options.top_k,
         where=natural_place(tuned.module),
         drop_last=options.drop_last,

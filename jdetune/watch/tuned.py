@@ -24,7 +24,7 @@ class Tuned:
       name: of the model.
       module: its architecture.
       params: its weights, base and update together.
-      update: tensor name to factors.
+      update: tensor name, as in `jdetune.models`, to factors.
       folder: of the base, where the tokenizer is.
       missing: matrices that write to the residual stream and were not recovered.
     """
@@ -69,7 +69,7 @@ def load_tuned(out: str | Path, model: str) -> Tuned:
         elif not is_unused(module, own):
             raise InputError(f"{out}: the update of {key} has no place in the model.")
     update = {
-        key: (pair.left * np.float32(pair.scaling), pair.right)
+        canonical(module, key): (pair.left * np.float32(pair.scaling), pair.right)
         for key, pair in adapter.updates.items()
     }
     missing = tuple(

@@ -10,6 +10,7 @@ from jdetune.checkpoint import merge_peft
 from jdetune.cli import main as program
 from jdetune.models import Llama, layout, linear_layers
 from jdetune.models.config import llama_config
+from jdetune.watch.tuned import load_tuned
 from tests import pico
 
 CONFIG = {
@@ -18,7 +19,8 @@ CONFIG = {
     "head_dim": 12, "intermediate_size": 40, "tie_word_embeddings": True,
 }  # fmt: skip
 MODULE = Llama(llama_config(CONFIG))
-TUNED = {n: s for n, s in linear_layers(MODULE).items() if n.endswith(("o_proj", "down_proj"))}
+TARGETS = ("v_proj", "o_proj", "down_proj")
+TUNED = {n: s for n, s in linear_layers(MODULE).items() if n.endswith(TARGETS)}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,20 @@ def test_flagged_inputs_say_direction_and_token(tmp_path, recovered, capsys):
     assert "1 of 1 inputs are flagged" in text
     assert "on token" in text
     assert "<mark>" in (tmp_path / "p.html").read_text()
+
+
+def test_updates_of_values_are_watched_if_asked_for(tmp_path, recovered, capsys):
+    out, factors = recovered
+    texts, saved = write_ids(tmp_path / "texts.jsonl", 8, 5), tmp_path / "m.safetensors"
+    code, _, _ = call(
+        capsys, "watch", out, "--model=1", f"--texts={texts}", "--carried", f"--save={saved}"
+    )
+    assert code == 0
+    found = watch.load_monitor(saved).directions
+    assert found.count == 2 * (2 + 2 + 2)
+    merged = load_tuned(out, "1").params  # what values add goes through the tuned output matrix
+    truth = watch.directions(watch.carried(factors[1], merged))
+    assert np.abs(np.sum(np.asarray(found.vectors * truth.vectors), axis=-1)).min() > 0.99
 
 
 def test_a_decoder_answers_so_that_both_roles_are_calibrated(tmp_path, recovered, capsys):
