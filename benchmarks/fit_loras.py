@@ -14,8 +14,8 @@ import jax
 import optax
 from jax import Array
 
-#: (what one adapter trains, its batch) to its mean loss.
-Loss = Callable[[Any, Any], Array]
+#: (what one adapter trains, its batch, and what all share where it is given) to its mean loss.
+Loss = Callable[..., Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def start(recipe: Recipe, trainable: Any) -> Any:
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def advance(
-    recipe: Recipe, loss: Loss, trainable: Any, state: Any, batches: Any
+    recipe: Recipe, loss: Loss, trainable: Any, state: Any, batches: Any, shared: Any = None
 ) -> tuple[Any, Any, Array]:
     """Trains through a chunk of steps; call it again with what it returns.
 
@@ -63,14 +63,16 @@ def advance(
       trainable: pytree with a leading adapter axis; given up.
       state: from `start` or the call before; given up.
       batches: pytree of arrays [step, adapter, ...].
+      shared: pytree for all adapters, such as the base weights; handed to the loss if given.
 
     Returns:
       What was trained, the state, and losses before each step, [step, adapter].
     """
     update = recipe.optimizer().update
+    known = () if shared is None else (shared,)
 
     def one(weights: Any, own: Any, batch: Any) -> tuple[Any, Any, Array]:
-        value, gradient = jax.value_and_grad(loss)(weights, batch)
+        value, gradient = jax.value_and_grad(loss)(weights, batch, *known)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
             change, own = update(gradient, own, weights)
         return optax.apply_updates(weights, change), own, value

@@ -58,6 +58,7 @@ LAYERS = [
         "merging",
     },
     {"zoo"},
+    {"watch"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from jdetune.pages.markup import Html, breakable, escape, folded, join, table, tag
 from jdetune.pages.numbers import NONE, duration, fixed, largest, percent, several, span
-from jdetune.pages.page import document, header, section, tools
+from jdetune.pages.page import document, footer, header, section, tools
 
 Entry: TypeAlias = Mapping[str, Any]
 #: Statuses with their colour and what they are called.
@@ -58,7 +58,7 @@ def render_extraction(report: Entry) -> str:
         section("made", "How this was made", _made(report)),
     ]
     title = f"{headline} \N{MIDDLE DOT} jdetune"
-    return document(title, head, sections, report["jdetune_version"])
+    return document(title, head, sections, footer(report["jdetune_version"]))
 
 
 def _of(report: Entry, model: str) -> list[Entry]:

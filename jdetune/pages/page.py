@@ -65,34 +65,41 @@ def render(report: Mapping[str, Any]) -> str:
         Html(f"{tables.cards(view)}</div>{words.cautions(view)}"),
         shown,
     )
-    return document(title, head, sections, view.said("jdetune_version"))
+    return document(title, head, sections, footer(view.said("jdetune_version")))
 
 
-def document(title: str, head: Html, sections: Sequence[str], version: str | None) -> str:
+def document(
+    title: str, head: Html, sections: Sequence[str], foot: Html, generator: str = GENERATOR
+) -> str:
     """A whole document that loads nothing from anywhere.
 
     Args:
       title: of the page, in text.
       head: its first part.
       sections: the others; empty ones are left out.
-      version: of jdetune.
+      foot: below them all.
+      generator: by which the page is known.
     """
     body, script = join(f"{part}\n" for part in sections if part), _asset("report.js")
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_digest(script)}'"
         "; base-uri 'none'; form-action 'none'"
     )
-    made = f"Made by jdetune {escape(version or '')} from report.json alone."
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="generator" content="{GENERATOR}">\n'
+        f'<meta name="generator" content="{escape(generator)}">\n'
         f'<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>{_asset('report.css')}</style>\n</head>\n<body>\n"
         f"{head}\n<main>\n{body}</main>\n"
-        f"<footer>{made}</footer>\n<script>{script}</script>\n</body>\n</html>\n"
+        f"{foot}\n<script>{script}</script>\n</body>\n</html>\n"
     )
+
+
+def footer(version: str | None) -> Html:
+    """What made a page of a report."""
+    return tag("footer", f"Made by jdetune {escape(version or '')} from report.json alone.")
 
 
 def header(

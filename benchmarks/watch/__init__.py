@@ -1,0 +1,1 @@
+"""Experiments with `jdetune.watch`: ``python -m benchmarks.watch --experiment=NAME``."""
