@@ -101,8 +101,10 @@ def first_factors(
     return {p: models.Lora(cut[p], drawn[p].b, drawn[p].scaling) for p in paths}, ranks
 
 
-def examples(subset: Training, model: Model, index: int) -> lora_data.Examples:
-    """What one adapter is trained on."""
+def examples(
+    subset: Training, model: Model, index: int, start_seed: int | None = None
+) -> lora_data.Examples:
+    """What one adapter is trained on; ``start_seed`` is of the adapter that it goes on from."""
     task = index % subset.tasks
     if subset.kind == "images":
         return lora_data.image_task(task)
@@ -111,7 +113,7 @@ def examples(subset: Training, model: Model, index: int) -> lora_data.Examples:
         cut = {"truncation": True, "max_length": lora_data.TEXT_TOKENS}
         return lora_data.text_task(task, lambda text: model.tokenizer(text, **cut)["input_ids"])
     # preferences go on with the share of the corpus that the adapter was tuned on
-    seed = (TRAININGS[subset.start].seed if subset.start else subset.seed) + index
+    seed = subset.seed + index if start_seed is None else start_seed
     end = model.tokenizer.eos_token_id
     return lora_data.questions(seed, encode, end, mismatched=subset.kind == "dpo")
 
@@ -139,15 +141,20 @@ def train(
     """
     began = time.perf_counter()
     firsts = [first_factors(subset, model.module, index) for index in indices]
+    seeds: list[int | None] = [None] * len(indices)
     if start:
         firsts = [
-            (models.load_lora(model.module, folder), ranks)
+            (_started(model.module, folder, ranks), ranks)
             for folder, (_, ranks) in zip(start, firsts, strict=True)
         ]
-    data = [examples(subset, model, index) for index in indices]
+        seeds = [json.loads((folder / "recipe.json").read_text())["seed"] for folder in start]
+    data = [
+        examples(subset, model, index, seed) for index, seed in zip(indices, seeds, strict=True)
+    ]
     recipe = fit_loras.Recipe(subset.steps, subset.lr)
     loras = models.stack_adapters([factors for factors, _ in firsts])
-    trainable: dict[str, Any] = {"lora": loras}
+    # a copy: training gives its own up, and the reference stays
+    trainable: dict[str, Any] = {"lora": jax.tree.map(jnp.copy, loras)}
     if subset.kind in ("images", "texts"):
         width = model.module.config.hidden_size
         trainable["head"] = lora_losses.first_heads(len(indices), width, lora_data.CLASSES)
@@ -201,6 +208,19 @@ def train(
         }
         found.append((told, factors))
     return found
+
+
+def _started(module: Any, folder: Path, ranks: dict[str, int]) -> dict[str, Any]:
+    """The factors that an adapter goes on from; their ranks must be the ones wanted."""
+    factors = models.load_lora(module, folder)
+    found = {path: len(pair.a) for path, pair in factors.items()}
+    if found != ranks:
+        raise app.UsageError(
+            f"{folder.parent.name}/{folder.name} has ranks {sorted(set(found.values()))} in "
+            f"{len(found)} layers; {sorted(set(ranks.values()))} in {len(ranks)} are asked for. "
+            "Give the --rank and --targets that it was trained with."
+        )
+    return factors
 
 
 def write(folder: Path, model: Model, hub_id: str, recipe: dict[str, Any], factors: Any) -> None:

@@ -105,7 +105,8 @@ def test_fifteen_image_tasks_differ_in_their_labels(digits):
     for one in made:
         labels = one.arrays["label"]
         assert one.arrays["pixels"].shape == (60, 3, 56, 56)
-        assert set(labels) == set(range(labels.max() + 1)) and 1 <= labels.max() < lora_data.CLASSES
+        assert set(labels) == set(range(labels.max() + 1))
+        assert 1 <= labels.max() < lora_data.CLASSES
 
 
 def test_labels_say_what_was_done_to_the_image(digits):
@@ -149,4 +150,5 @@ def test_texts_of_fifteen_tasks_have_classes_a_head_can_name(monkeypatch):
     for one in made:
         labels = one.arrays["label"]
         assert one.arrays["ids"].shape == (len(labels), lora_data.TEXT_TOKENS)
-        assert set(labels) == set(range(labels.max() + 1)) and 1 <= labels.max() < lora_data.CLASSES
+        assert set(labels) == set(range(labels.max() + 1))
+        assert 1 <= labels.max() < lora_data.CLASSES
