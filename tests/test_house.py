@@ -56,7 +56,7 @@ LAYERS = [
         "outcomes",
         "merging",
     },
-    {"zoo"},
+    {"zoo", "bench"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -21,6 +21,7 @@ COMMANDS = {
     "group": "which of many models share a base; one recover per group",
     "pack": "many merged models in one small store, without loss",
     "unpack": "the models of a store, byte for byte",
+    "bench": "the paper's benchmark, LoWRA Bench, on a local copy of its data",
     "demo": "recover a real sentence encoder from five real fine-tunes",
 }
 _INTERRUPTED = 130
