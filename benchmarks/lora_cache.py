@@ -111,6 +111,7 @@ def base_folder(model: str, cache: str | Path | None = None) -> Path:
         theirs, tokenizer, _ = real_models.load(model)
         part = folder.with_name(f"{model}.{os.getpid()}.part")
         shutil.rmtree(part, ignore_errors=True)
+        theirs.hf_quantizer = None  # the weights are plain float32 now
         theirs.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)

@@ -56,7 +56,7 @@ def run(method: str, task: Task) -> dict[str, Any]:
     Returns:
       ``status``, ``reason``, ``seconds``, ``w_error`` (of the base rounded to the models' dtype),
       ``w_error_wide`` (before that rounding) and ``exact_fraction``, each None where there is no
-      base, and the method's own figures.
+      base, the method's own figures, and ``base`` itself where there is one.
     """
     clock = time.perf_counter()
     found: dict[str, Any]
@@ -71,10 +71,11 @@ def run(method: str, task: Task) -> dict[str, Any]:
     return {"status": "OK", "reason": None, "seconds": seconds} | scores | found
 
 
-def _scores(task: Task, base: np.ndarray, wide: np.ndarray | None) -> dict[str, float | None]:
-    """W-errors before and after rounding, and the share of exact elements."""
+def _scores(task: Task, base: np.ndarray, wide: np.ndarray | None) -> dict[str, Any]:
+    """The base as stored, W-errors before and after rounding, and the share of exact elements."""
     stored = base.astype(task.base.dtype)
     return {
+        "base": stored,
         "w_error": _finite(log_mse(stored, task.base)),
         "w_error_wide": None if wide is None else _finite(log_mse(wide, task.base)),
         "exact_fraction": exact_fraction(stored, task.base),
@@ -86,7 +87,7 @@ def _finite(value: float) -> float | None:
 
 
 def _lora_ft(task: Task) -> dict[str, Any]:
-    """Single models taken for the base: the mean of their W-errors."""
+    """Single models taken for the base: the mean of their W-errors; the base is the first's."""
     clock = time.perf_counter()
     errors = [log_mse(model, task.base) for model in task.merged]
     exact = [exact_fraction(model, task.base) for model in task.merged]
@@ -94,6 +95,7 @@ def _lora_ft(task: Task) -> dict[str, Any]:
     return {
         "seconds": time.perf_counter() - clock,
         "scores": {
+            "base": task.merged[0],
             "w_error": _finite(error),
             "w_error_wide": _finite(error),
             "exact_fraction": float(np.mean(exact)),

@@ -15,6 +15,8 @@ from jdetune.errors import InputError
 
 #: Called with a stage, cells done and cells in all.
 Progress = Callable[[str, int, int], None]
+#: Called with a cell and the base that was estimated, as stored.
+Keep = Callable[[Key, np.ndarray], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,7 @@ def run(
     out: Path,
     progress: Progress | None = None,
     overwrite: bool = False,
+    keep: Keep | None = None,
 ) -> list[dict[str, Any]]:
     """Runs what is not yet known and returns all cells, in order.
 
@@ -108,6 +111,7 @@ def run(
       out: folder of the ledger.
       progress: called after every cell.
       overwrite: begin anew where the ledger has other settings.
+      keep: called with every estimate, before its cell is on disk.
 
     Raises:
       InputError: the settings do not fit the data.
@@ -132,7 +136,7 @@ def run(
     todo = dict.fromkeys(key.layer for key, _ in every if key in open_)
     for layer in source.read(list(todo)):
         own = [(key, models) for key, models in every if key.layer == layer.name and key in open_]
-        for cell in _cells(layer, own, settings, seen):
+        for cell in _cells(layer, own, settings, seen, keep):
             ledger.add(cell)
             done += 1
             if progress is not None:
@@ -145,6 +149,7 @@ def _cells(
     own: Sequence[tuple[Key, tuple[int, ...]]],
     settings: Settings,
     seen: set[tuple],
+    keep: Keep | None,
 ) -> Iterator[dict[str, Any]]:
     """Cells of one layer; models are merged once for all methods."""
     merged_of: tuple[int, ...] | None = None
@@ -158,6 +163,9 @@ def _cells(
         # the first call of a program compiles, or loads what was compiled before
         program = (key.method, merged.shape, max(ranks))
         found = methods.run(key.method, task)
+        estimate = found.pop("base", None)
+        if keep is not None and estimate is not None:
+            keep(key, estimate)
         yield {
             **key._asdict(),
             "models": list(models),
