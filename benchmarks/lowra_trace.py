@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.paper import PATIENCE, paper_in_torch, paper_step
 from jdetune import core, linalg
-from jdetune.bench import methods
 from jdetune.metrics import LOG_MSE_FLOOR, log_mse
 from jdetune.solvers import spectral
 from jdetune.solvers.spectral import SpectralDeTuning, gaussian_draw
@@ -132,7 +131,7 @@ def _median(steps: Sequence[int | None], never: int) -> float:
     return float(np.median([never + 1 if step is None else step for step in steps]))
 
 
-def correlation(traces: Sequence[Trace]) -> dict[str, float]:
+def correlation(traces: Sequence[Trace]) -> dict[str, float | None]:
     """Pearson correlation of log10 loss and W-error over steps and layers, and of single layers."""
     pairs = [(np.log10(np.maximum(t.losses, 1e-40)), np.array(t.errors)) for t in traces]
     single = [float(np.corrcoef(x, y)[0, 1]) for x, y in pairs]
@@ -142,7 +141,7 @@ def correlation(traces: Sequence[Trace]) -> dict[str, float]:
         "pooled": float(np.corrcoef(x, y)[0, 1]),
         "least_layer": min(single),
         "median_layer": float(np.median(single)),
-        "last_steps": float(np.corrcoef(np.array(ends).T)[0, 1]) if len(ends) > 2 else float("nan"),
+        "last_steps": float(np.corrcoef(np.array(ends).T)[0, 1]) if len(ends) > 2 else None,
         "points": len(x),
     }
 
@@ -195,16 +194,3 @@ def equivalence(merged: np.ndarray, truth: np.ndarray, rank: int, steps: int) ->
         "loss_difference": float(np.max(np.abs(np.log10(full[1]) - np.log10(same[1])))),
         "same_ranks": bool(np.array_equal(full[2], same[2])),
     }
-
-
-def runtime(merged: np.ndarray, truth: np.ndarray, rank: int, steps: int) -> dict[str, float]:
-    """Seconds of a layer: PyTorch as published, the same in JAX core space, and jdetune; warm."""
-    task = methods.Task(truth, merged, rank, steps, 0)
-    for method in ("paper", "jdetune"):
-        methods.run(method, task)
-    clock = time.perf_counter()
-    paper_in_torch(merged, rank, steps)
-    found = {"paper_torch": time.perf_counter() - clock}
-    for method in ("paper", "jdetune"):
-        found[method] = methods.run(method, task)["seconds"]
-    return found

@@ -98,6 +98,7 @@ def histogram(axes: Any, cells: Sequence[Cell], title: str) -> None:
         values = [cell["w_error"] for cell in own]
         axes.hist(values, bins=edges, alpha=0.65, color=colour, label=TITLES[method])
     axes.set(title=title, xlabel="W-error of a layer (log10 MSE)", ylabel="layers")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8)
 
 
