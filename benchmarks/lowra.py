@@ -211,17 +211,11 @@ def sampled(plan: Plan, value: Mapping[str, Any], meter: Any, out: Path) -> list
 
 def extend(plan: Plan, value: dict[str, Any], source: Source, out: Path, progress: Any) -> None:
     """Adds traces, semantic metrics and the whole model, as far as they are asked for."""
-    about = {
-        "models": list(source.models),
-        "steps": plan.steps,
-        "layers": list(value["settings"]["layers"]),
-        "n": list(value["settings"]["counts"]),
-        "traced": plan.traced,
-    }
+    about = {"models": list(source.models), "steps": plan.steps}
     stepwise = plan.traced and any(wanted(key) for key in ("fig5", "fig6", "fig12"))
     if stepwise and len(source.models) >= TRACED_MODELS:
         make = lambda: traces(plan, source)  # noqa: E731
-        value["traces"] = cached(out / "traces.json", about, make)
+        value["traces"] = cached(out / "traces.json", about | {"traced": plan.traced}, make)
     if plan.model and not FLAGS.quick:
         from benchmarks import lowra_meaning
 
@@ -230,8 +224,9 @@ def extend(plan: Plan, value: dict[str, Any], source: Source, out: Path, progres
         meter = lowra_meaning.Meter(plan.model) if semantic or texts else None
         if semantic:
             make = lambda: sampled(plan, value, meter, out)  # noqa: E731
-            value["sampled"] = cached(out / "sampled.json", about, make)
-        if texts:
+            some = {key: list(value["settings"][key]) for key in ("layers", "counts")}
+            value["sampled"] = cached(out / "sampled.json", about | some, make)
+        if texts and meter is not None:
             make = lambda: lowra_meaning.whole(meter, source, plan.steps, progress=progress)  # noqa: E731
             value["whole"] = cached(out / "whole.json", about, make)
 

@@ -228,11 +228,17 @@ def _meaning(results: Results) -> Iterator[Figure]:
     if not chosen:
         return
 
-    def points(subset: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    def points(subset: Mapping[str, Any]) -> list[dict[str, Any]]:
         metric = next(m for m in _METRICS if m in subset["sampled"][0])
         error = {(r["n"], r["method"]): r["w_error"] for r in subset["rows"]}
         return [
-            (row["method"], error[row["n"], row["method"]], row[metric])
+            {
+                "method": row["method"],
+                "n": row["n"],
+                "w_error": error[row["n"], row["method"]],
+                "metric": metric,
+                "value": row[metric],
+            }
             for row in subset["sampled"]
             if error.get((row["n"], row["method"])) is not None
         ]
@@ -240,9 +246,13 @@ def _meaning(results: Results) -> Iterator[Figure]:
     def paint(axes: Any) -> None:
         for axis, (_, subset) in zip(_panels(axes, len(chosen)), chosen, strict=True):
             metric = next(m for m in _METRICS if m in subset["sampled"][0])
-            for method, own in summary.split(points(subset), lambda p: p[0]).items():
-                values = [max(p[2], 1e-9) if metric == "activation_distance" else p[2] for p in own]
-                axis.plot([p[1] for p in own], values, linestyle="", **figures.style(method))
+            for method, own in summary.split(points(subset), lambda p: p["method"]).items():
+                values = [p["value"] for p in own]
+                if metric == "activation_distance":
+                    values = [max(value, 1e-9) for value in values]  # zero has no place on it
+                axis.plot(
+                    [p["w_error"] for p in own], values, linestyle="", **figures.style(method)
+                )
             if metric == "activation_distance":
                 axis.set_yscale("log")
             axis.set(title=subset["title"], xlabel="W-error (log10 MSE)", ylabel=_METRICS[metric])

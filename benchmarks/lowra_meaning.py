@@ -16,7 +16,7 @@ from benchmarks import corpus, lora_cache
 from jdetune.bench import methods
 from jdetune.bench.layers import Source, merge
 from jdetune.bench.protocol import draw_subsets
-from jdetune.models import Params, evaluate
+from jdetune.models import Llama, Params, evaluate
 from jdetune.models.text import SentenceEncoder, load_codec, pad_batch
 
 #: Tokens of an answer.
@@ -55,6 +55,7 @@ class Meter:
         self.module, self.params = lora_cache.base(model)
         self._kind = model
         if model == "smollm2":
+            assert isinstance(self.module, Llama)
             self.names = ("log_cosine", "answers_equal", "perplexity")
             self._codec = load_codec(lora_cache.base_folder(model))
             self._encoder = SentenceEncoder.load(lora_cache.base_folder("minilm"))
@@ -67,6 +68,7 @@ class Meter:
 
     def answers(self, params: Params, asked: Sequence[str]) -> list[str]:
         """Greedy answers."""
+        assert isinstance(self.module, Llama)
         return evaluate.answers(
             self.module, params, self._codec, asked, NEW_TOKENS, self._end, size=20
         )
@@ -77,7 +79,7 @@ class Meter:
 
     def measure(self, params: Params) -> dict[str, float]:
         """All metrics of a model against the base."""
-        if self._kind != "smollm2":
+        if not isinstance(self.module, Llama):
             inputs = self._inputs
             distance = evaluate.activation_distance(self.module, self.params, params, *inputs)
             return {"activation_distance": distance}
@@ -143,8 +145,8 @@ def whole(
     (models,) = draw_subsets(len(source.models), n, 1, seed=1)
     estimates: dict[str, dict[str, np.ndarray]] = {m: {} for m in methods.DEFAULT}
     errors: dict[str, list[float]] = {m: [] for m in methods.DEFAULT}
-    seconds = dict.fromkeys(methods.DEFAULT, 0.0)
-    missing = dict.fromkeys(methods.DEFAULT, 0)
+    seconds: dict[str, float] = dict.fromkeys(methods.DEFAULT, 0.0)
+    missing: dict[str, int] = dict.fromkeys(methods.DEFAULT, 0)
     exact: list[float] = []
     for place, layer in enumerate(source.read(source.names)):
         base, merged = merge(layer, models)

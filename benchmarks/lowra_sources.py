@@ -6,7 +6,7 @@ updates whose spectra, sizes and overlaps are those measured on a real subset.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -80,7 +80,7 @@ def _sized(left: np.ndarray, right: np.ndarray, scaling: float) -> tuple:
 
 
 def _source(
-    layers: dict[str, list[Lora]], bases: dict[str, np.ndarray], origin: dict[str, object]
+    layers: dict[str, list[Lora]], bases: dict[str, np.ndarray], origin: Mapping[str, object]
 ) -> Source:
     def read(wanted: Sequence[str]) -> Iterator[Layer]:
         chosen = set(wanted)
