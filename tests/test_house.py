@@ -57,7 +57,7 @@ LAYERS = [
         "outcomes",
         "merging",
     },
-    {"zoo"},
+    {"zoo", "bench"},
     {"watch"},
     {"cli", "__main__"},
 ]

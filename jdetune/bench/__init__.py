@@ -1,0 +1,1 @@
+"""LoWRA Bench: the paper's benchmark, its protocol and its baselines."""
