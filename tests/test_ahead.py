@@ -138,6 +138,24 @@ def test_it_ends_with_the_solving(tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == plainly(monkeypatch, family, tmp_path / "plain")
 
 
+@pytest.mark.usefixtures("seen")
+def test_what_was_read_is_not_lost_with_its_model(tmp_path, monkeypatch):
+    """A model that vanishes when the last matrix is solved was read as it was compared."""
+    family = pico.make(tmp_path / "zoo")
+    file = family.paths[0] / "model.safetensors"
+    kept = file.read_bytes()
+
+    def vanish(stage, done, total):
+        if stage == "recover" and done == total:
+            file.unlink(missing_ok=True)
+
+    teller = pico.truth_teller(family.base)
+    pipeline.run(family.paths, tmp_path / "out", progress=vanish, recover_fn=teller)
+    assert not file.exists()
+    file.write_bytes(kept)
+    assert contents(tmp_path / "out") == plainly(monkeypatch, family, tmp_path / "plain")
+
+
 def test_what_fails_ahead_is_done_again(tmp_path, monkeypatch, seen):
     family = pico.make(tmp_path / "zoo")
     real = ahead.deferred

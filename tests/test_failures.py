@@ -1,5 +1,6 @@
 """Full disks, models that vanish or change, Ctrl-C: a clear error, and the run goes on later."""
 
+import contextlib
 import os
 import resource
 import shutil
@@ -128,7 +129,9 @@ def change(path):
 
 @pytest.mark.parametrize("harm", [vanish, shrink, change])
 @pytest.mark.parametrize("when", [("compare", 1), ("recover", 1), ("recover", 4)])
-def test_a_model_that_is_harmed_while_it_is_used(tmp_path, zoo, harm, when):
+def test_a_model_that_is_harmed_while_it_is_used(tmp_path, monkeypatch, zoo, harm, when):
+    # else all of it may have been read by then, and nothing is lost
+    monkeypatch.setattr(pipeline, "writing_ahead", lambda *_: contextlib.nullcontext({}))
     family, teller, whole = zoo
     out, file = tmp_path / "out", family.paths[0] / "model.safetensors"
     done = []

@@ -63,7 +63,7 @@ def write_tensors(
     head, spans = _layout(tensors, metadata)
     done: frozenset[str] = frozenset()
     if begun is not None and begun.head == head and begun.done:
-        begun.path.rename(path)
+        begun.path.replace(path)
         done = begun.done
     elif begun is not None:
         begun.path.unlink()
