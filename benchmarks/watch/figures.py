@@ -26,7 +26,7 @@ def bars(
         halves = [f["half"] or 0.0 for f in figures]
         colour = _COLOURS[place % len(_COLOURS)]
         axes.bar(x, means, wide, yerr=halves, color=colour, label=name, capsize=2, ecolor="0.3")
-    axes.set_xticks(np.arange(len(labels)), labels)
+    axes.set_xticks(np.arange(len(labels)), labels, fontsize=8)
     axes.grid(axis="y", alpha=0.25)
     axes.legend(fontsize=8)
 
