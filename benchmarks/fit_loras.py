@@ -14,8 +14,8 @@ import jax
 import optax
 from jax import Array
 
-#: (what one adapter trains, its batch) to its mean loss.
-Loss = Callable[[Any, Any], Array]
+#: (what one adapter trains, its batch, what all share) to its mean loss.
+Loss = Callable[[Any, Any, Any], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def start(recipe: Recipe, trainable: Any) -> Any:
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def advance(
-    recipe: Recipe, loss: Loss, trainable: Any, state: Any, batches: Any
+    recipe: Recipe, loss: Loss, trainable: Any, state: Any, batches: Any, shared: Any = None
 ) -> tuple[Any, Any, Array]:
     """Trains through a chunk of steps; call it again with what it returns.
 
@@ -63,6 +63,7 @@ def advance(
       trainable: pytree with a leading adapter axis; given up.
       state: from `start` or the call before; given up.
       batches: pytree of arrays [step, adapter, ...].
+      shared: what all adapters have in common, such as the base's weights; it does not change.
 
     Returns:
       What was trained, the state, and losses before each step, [step, adapter].
@@ -70,7 +71,7 @@ def advance(
     update = recipe.optimizer().update
 
     def one(weights: Any, own: Any, batch: Any) -> tuple[Any, Any, Array]:
-        value, gradient = jax.value_and_grad(loss)(weights, batch)
+        value, gradient = jax.value_and_grad(loss)(weights, batch, shared)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
             change, own = update(gradient, own, weights)
         return optax.apply_updates(weights, change), own, value

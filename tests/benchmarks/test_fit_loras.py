@@ -53,14 +53,16 @@ def test_many_at_once_are_what_peft_trains_one_by_one():
     adapters = [models.init_lora(module, key, 3, TARGETS, 2.0) for key in keys]
     ids = tiny.token_ids((STEPS, 2, 3, 7))  # step, adapter, batch, token
 
-    def loss(lora, batch):
-        losses, counts = evaluate.token_losses(module, params, batch, lora=lora)
+    def loss(lora, batch, weights):
+        losses, counts = evaluate.token_losses(module, weights, batch, lora=lora)
         return jnp.sum(losses) / jnp.sum(counts, dtype=jnp.float32)
 
     trained = models.stack_adapters(adapters)
     state, losses = fit_loras.start(RECIPE, trained), []
     for part in (ids[:2], ids[2:]):  # in two chunks, as a run that reports and resumes does it
-        trained, state, values = fit_loras.advance(RECIPE, loss, trained, state, jnp.asarray(part))
+        trained, state, values = fit_loras.advance(
+            RECIPE, loss, trained, state, jnp.asarray(part), params
+        )
         losses.append(np.asarray(values))
     for index, adapter in enumerate(adapters):
         weights, wanted = by_peft(adapter, ids[:, index])
