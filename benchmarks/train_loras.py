@@ -31,12 +31,11 @@ import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from benchmarks import fit_loras, lora_data, lora_losses, real_models  # noqa: E402
-from benchmarks.lora_cache import SUBSETS, Subset, adapters, subset_folder  # noqa: E402
+from benchmarks.lora_cache import adapter_folders, subset_folder  # noqa: E402
+from benchmarks.lora_recipes import TRAININGS, Training  # noqa: E402
 from jdetune import models  # noqa: E402
 from jdetune.checkpoint import save_json, save_safetensors  # noqa: E402
 
-#: Ranks of the layers of a subset of mixed ranks.
-RANKS = (4, 8, 16, 32)
 #: Adapters that are trained side by side: as many as fit a few GiB.
 AT_ONCE = {"minilm": 15, "dinov2": 15, "smollm2": 5}
 #: Examples that the loss before and after is of.
@@ -75,31 +74,33 @@ def load_model(name: str) -> Model:
     return Model(module, models.load_params(module, tensors), modules, tokenizer, origin)
 
 
-def ranks_of(subset: Subset, paths: Sequence[str], seed: int) -> dict[str, int]:
+def ranks_of(subset: Training, paths: Sequence[str], seed: int) -> dict[str, int]:
     """Rank of every layer of one adapter; where they are mixed, a third differ from the rest."""
-    if subset.rank is not None:
+    if isinstance(subset.rank, int):
         return dict.fromkeys(paths, subset.rank)
     rng = np.random.default_rng(seed)
-    ranks = dict.fromkeys(paths, int(rng.choice(RANKS)))
+    ranks = dict.fromkeys(paths, int(rng.choice(subset.rank)))
     for path in rng.choice(list(paths), len(paths) // 3, replace=False):
-        ranks[str(path)] = int(rng.choice(RANKS))
+        ranks[str(path)] = int(rng.choice(subset.rank))
     return ranks
 
 
-def first_factors(subset: Subset, module: Any, index: int) -> tuple[dict[str, Any], dict[str, int]]:
+def first_factors(
+    subset: Training, module: Any, index: int
+) -> tuple[dict[str, Any], dict[str, int]]:
     """Factors that an adapter starts from, padded to one rank, and its ranks."""
     seed = subset.seed + index
     targets = subset.targets if isinstance(subset.targets, str) else list(subset.targets)
     paths = list(models.linear_layers(module, targets))
     ranks = ranks_of(subset, paths, seed)
-    width = subset.rank or max(RANKS)
+    width = subset.rank if isinstance(subset.rank, int) else max(subset.rank)
     key = jax.random.key(subset.seed if subset.one_init else seed)
     drawn = models.init_lora(module, key, width, targets)
     cut = {p: jnp.where(jnp.arange(width)[:, None] < ranks[p], f.a, 0) for p, f in drawn.items()}
     return {p: models.Lora(cut[p], drawn[p].b, drawn[p].scaling) for p in paths}, ranks
 
 
-def examples(subset: Subset, model: Model, index: int) -> lora_data.Examples:
+def examples(subset: Training, model: Model, index: int) -> lora_data.Examples:
     """What one adapter is trained on."""
     task = index % subset.tasks
     if subset.kind == "images":
@@ -109,13 +110,18 @@ def examples(subset: Subset, model: Model, index: int) -> lora_data.Examples:
         cut = {"truncation": True, "max_length": lora_data.TEXT_TOKENS}
         return lora_data.text_task(task, lambda text: model.tokenizer(text, **cut)["input_ids"])
     # preferences go on with the share of the corpus that the adapter was tuned on
-    seed = (SUBSETS[subset.start].seed if subset.start else subset.seed) + index
+    seed = (TRAININGS[subset.start].seed if subset.start else subset.seed) + index
     end = model.tokenizer.eos_token_id
     return lora_data.questions(seed, encode, end, mismatched=subset.kind == "dpo")
 
 
 def train(
-    name: str, subset: Subset, model: Model, indices: Sequence[int], start: Sequence[Path], say: Any
+    name: str,
+    subset: Training,
+    model: Model,
+    indices: Sequence[int],
+    start: Sequence[Path],
+    say: Any,
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Trains adapters side by side.
 
@@ -181,7 +187,7 @@ def train(
             "steps": subset.steps,
             "batch": subset.batch,
             "lr": subset.lr,
-            "optimizer": "AdamW, weight decay 0.01, lr falls linearly to 0, gradient norm at most 1",
+            "optimizer": "AdamW, weight decay 0.01, lr falls to 0, gradient norm at most 1",
             "loss_before": float(before[place]),
             "loss_after": float(after[place]),
             "side_by_side": len(indices),
@@ -232,12 +238,12 @@ def _stacked(parts: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *values: np.stack(values), *parts)
 
 
-def _same_recipe(folder: Path, subset: Subset, index: int) -> None:
+def _same_recipe(folder: Path, subset: Training, index: int) -> None:
     """Refuses to go on beside adapters that were made in another way."""
     told = json.loads((folder / "recipe.json").read_text())
     wanted = {"steps": subset.steps, "batch": subset.batch, "seed": subset.seed + index}
     wanted |= {"targets": json.loads(json.dumps(subset.targets)), "lr": subset.lr}
-    if subset.rank is not None:
+    if isinstance(subset.rank, int):
         wanted["ranks"] = [subset.rank]
     other = {key: told.get(key) for key, value in wanted.items() if told.get(key) != value}
     if other:
@@ -246,9 +252,9 @@ def _same_recipe(folder: Path, subset: Subset, index: int) -> None:
         )
 
 
-def run(name: str, subset: Subset, quick: bool, cache: str | None) -> list[dict[str, Any]]:
+def run(name: str, subset: Training, quick: bool, cache: str | None) -> list[dict[str, Any]]:
     """Trains what a subset lacks, and returns all recipes."""
-    folder = subset_folder(name, quick, cache)
+    folder = subset_folder(name, cache, quick)
     folder.mkdir(parents=True, exist_ok=True)
     places = [folder / f"{index:02d}" for index in range(subset.count)]
     for index, place in enumerate(places):
@@ -257,9 +263,7 @@ def run(name: str, subset: Subset, quick: bool, cache: str | None) -> list[dict[
     todo = [index for index, place in enumerate(places) if not place.exists()]
     starts: list[Path] = []
     if subset.start and todo:
-        starts = adapters(subset.start, quick, cache)
-        if len(starts) < subset.count:
-            raise app.UsageError(f"{name} goes on from {subset.start}: train that first.")
+        starts = adapter_folders(subset.start, cache, quick, subset.count)
     if todo:
         model = load_model(subset.model)
         hub_id = real_models.SOURCES[subset.model].hub_id
@@ -286,9 +290,9 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     if len(argv) > 1:
         raise app.UsageError(f"unexpected: {' '.join(argv[1:])}")
-    unknown = set(values.subset) - set(SUBSETS)
+    unknown = set(values.subset) - set(TRAININGS)
     if unknown:
-        raise app.UsageError(f"--subset is of {', '.join(SUBSETS)}; got {', '.join(unknown)}")
+        raise app.UsageError(f"--subset is of {', '.join(TRAININGS)}; got {', '.join(unknown)}")
     given = {key: getattr(values, key) for key in ("count", "rank", "steps", "seed")}
     given["targets"] = tuple(values.targets) if values.targets else None
     changes = (QUICK if values.quick else {}) | {k: v for k, v in given.items() if v is not None}
@@ -298,7 +302,7 @@ def main(argv: list[str]) -> None:
     for name in values.subset:
         start = time.perf_counter()
         for r in run(
-            name, dataclasses.replace(SUBSETS[name], **changes), values.quick, values.cache
+            name, dataclasses.replace(TRAININGS[name], **changes), values.quick, values.cache
         ):
             ranks = ", ".join(map(str, r["ranks"]))
             print(
@@ -312,7 +316,7 @@ def main(argv: list[str]) -> None:
 
 def define_flags() -> None:
     """The flags of this command."""
-    flags.DEFINE_list("subset", list(SUBSETS), f"Of {', '.join(SUBSETS)}.")
+    flags.DEFINE_list("subset", list(TRAININGS), f"Of {', '.join(TRAININGS)}.")
     flags.DEFINE_integer("count", None, "Adapters of a subset.", lower_bound=1)
     flags.DEFINE_integer("rank", None, "Rank of every layer.", lower_bound=1)
     flags.DEFINE_list("targets", None, "Last words of the layers' names.")
