@@ -35,6 +35,7 @@ from benchmarks.lora_cache import adapter_folders, subset_folder  # noqa: E402
 from benchmarks.lora_recipes import TRAININGS, Training  # noqa: E402
 from jdetune import models  # noqa: E402
 from jdetune.checkpoint import save_json, save_safetensors  # noqa: E402
+from jdetune.models.names import canonical_module  # noqa: E402
 
 #: Adapters that are trained side by side: as many as fit a few GiB.
 AT_ONCE = {"minilm": 15, "dinov2": 15, "smollm2": 5}
@@ -70,7 +71,7 @@ def load_model(name: str) -> Model:
     tensors = {key: value.detach().numpy() for key, value in theirs.state_dict().items()}
     module = models.build(theirs.config.to_dict(), tensors)
     paths = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
-    modules = {models.names.canonical_module(module, path): path for path in paths}
+    modules = {canonical_module(module, path): path for path in paths}
     return Model(module, models.load_params(module, tensors), modules, tokenizer, origin)
 
 
