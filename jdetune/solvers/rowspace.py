@@ -48,7 +48,7 @@ BLOCKS = 16
 #: Power that stands for none.
 TINY = 1e-60
 #: Elements from which products over the elements are float32.
-LARGE = 2**20
+LARGE = 2**18
 
 
 class RowSpaceSolution(NamedTuple):
