@@ -139,6 +139,8 @@ def _cumulative(results: Results) -> Iterator[Figure]:
             for (label, last), colour in zip(
                 ends(subset).items(), (_ON, _OFF, "#009E73"), strict=True
             ):
+                if not last:
+                    continue
                 share = np.arange(1, len(last) + 1) / len(last)
                 axis.step([last[0], *last], [0.0, *share], where="post", color=colour, label=label)
             axis.set(title=_about(subset), xlabel="W-error (log10 MSE)", ylabel="share of layers")

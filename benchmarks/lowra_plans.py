@@ -106,7 +106,7 @@ PLANS = {
             "mistral-7b-v0.1-dpo",
             1000,
             layers=8,
-            about="Real SmolLM2-135M-Instruct; DPO that goes on from each SFT adapter, with the true "
+            about="Real SmolLM2-135M-Instruct; DPO that goes on from each SFT adapter, the true "
             "answer preferred to a mismatched one.",
             model="smollm2",
         ),
