@@ -189,7 +189,7 @@ def traces(plan: Plan, source: Source) -> dict[str, Any]:
     }
 
 
-def sampled(plan: Plan, value: Mapping[str, Any], meter: Any, out: Path) -> list[dict[str, Any]]:
+def sampled(plan: Plan, value: Mapping[str, Any], at: Any, out: Path) -> list[dict[str, Any]]:
     """Semantic metrics with the sampled layers replaced; without a base, the mean stands in."""
     from benchmarks import lowra_meaning
 
@@ -206,7 +206,7 @@ def sampled(plan: Plan, value: Mapping[str, Any], meter: Any, out: Path) -> list
                         break
             held[n, method] = some
     say(f"{plan.name}: semantic metrics of {len(held)} estimates")
-    return lowra_meaning.sampled(meter, held)
+    return lowra_meaning.sampled(at, held)
 
 
 def extend(plan: Plan, value: dict[str, Any], source: Source, out: Path, progress: Any) -> None:
@@ -217,17 +217,17 @@ def extend(plan: Plan, value: dict[str, Any], source: Source, out: Path, progres
         make = lambda: traces(plan, source)  # noqa: E731
         value["traces"] = cached(out / "traces.json", about | {"traced": plan.traced}, make)
     if plan.model and not FLAGS.quick:
-        from benchmarks import lowra_meaning
+        from benchmarks import lowra_meaning, semantic
 
-        semantic = any(wanted(key) for key in ("fig8", "fig13", "table2", "table4"))
+        meant = any(wanted(key) for key in ("fig8", "fig13", "table2", "table4"))
         texts = plan.whole and wanted("fig2")
-        meter = lowra_meaning.Meter(plan.model) if semantic or texts else None
-        if semantic:
-            make = lambda: sampled(plan, value, meter, out)  # noqa: E731
+        at = semantic.setting(plan.model) if meant or texts else None
+        if meant:
+            make = lambda: sampled(plan, value, at, out)  # noqa: E731
             some = {key: list(value["settings"][key]) for key in ("layers", "counts")}
             value["sampled"] = cached(out / "sampled.json", about | some, make)
-        if texts and meter is not None:
-            make = lambda: lowra_meaning.whole(meter, source, plan.steps, progress=progress)  # noqa: E731
+        if texts and at is not None:
+            make = lambda: lowra_meaning.whole(at, source, plan.steps, progress=progress)  # noqa: E731
             value["whole"] = cached(out / "whole.json", about, make)
 
 

@@ -139,10 +139,10 @@ def _cumulative(results: Results) -> Iterator[Figure]:
             for (label, last), colour in zip(
                 ends(subset).items(), (_ON, _OFF, "#009E73"), strict=True
             ):
+                if not last:
+                    continue
                 share = np.arange(1, len(last) + 1) / len(last)
-                axis.step(
-                    [*last, max(last)], [*share, 1.0], where="post", color=colour, label=label
-                )
+                axis.step([last[0], *last], [0.0, *share], where="post", color=colour, label=label)
             axis.set(title=_about(subset), xlabel="W-error (log10 MSE)", ylabel="share of layers")
             axis.legend(fontsize=8)
 
@@ -207,7 +207,7 @@ def _losses(results: Results) -> Iterator[Figure]:
                 )
             pooled = subset["traces"]["correlation"]["pooled"]
             axis.set(
-                title=f"{_about(subset)}: r = {pooled:.4f}",
+                title=f"{_about(subset)}\nr = {pooled:.4f}",
                 xlabel="log10 loss",
                 ylabel="W-error (log10 MSE)",
             )

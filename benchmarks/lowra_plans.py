@@ -105,7 +105,9 @@ PLANS = {
             True,
             "mistral-7b-v0.1-dpo",
             1000,
-            about="Real SmolLM2-135M-Instruct; DPO that goes on from each SFT adapter.",
+            layers=8,
+            about="Real SmolLM2-135M-Instruct; DPO that goes on from each SFT adapter, the true "
+            "answer preferred to a mismatched one.",
             model="smollm2",
         ),
         _minilm("minilm-distinct", "distinct tasks", traced=8),

@@ -81,7 +81,7 @@ def methods_table(results: Results, starts: Sequence[str]) -> str | None:
             semantic = [
                 f"{key.replace('_', ' ')} {value:.3g}"
                 for key, value in said.items()
-                if key not in ("n", "method")
+                if key not in ("n", "method", "log10", "prompts")
             ]
             rows.append(
                 [
@@ -176,12 +176,14 @@ def whole_table(whole: Mapping[str, Any]) -> str:
             f"{row['without_base']} of {row['layers']}",
             f"{row['equal']} of {row['answers']}",
             number(row["log_cosine"]),
+            number(row["perplexity"], 4),
             number(row["seconds"], 1),
         ]
         for method, row in whole["methods"].items()
     ]
-    header = ["method", "W-error", "layers without a base", "answers equal to the base's",
-              "SBERT log10(1 - cosine)", "s in all"]  # fmt: skip
+    rows.append(["base", "-", "-", "-", "-", number(whole["base_perplexity"], 4), "-"])
+    header = ["method", "W-error", "layers without a base", "answers equal to the base's"]
+    header += ["SBERT log10(1 - cosine)", "perplexity", "s in all"]
     return markdown(header, rows)
 
 
@@ -255,8 +257,9 @@ def document(results: Results, checks: Sequence[Check], made: Mapping[str, Seque
                 f"## Figure 2: {subset['title']}, recovered whole from {whole['n']} models",
                 "",
                 f"Real model, all {whole['methods']['jdetune']['layers']} fine-tuned layers, "
-                f"greedy answers of {whole['new_tokens']} tokens to prompts that were not trained "
-                "on. The paper shows Mistral-7B's texts; these are SmolLM2's.",
+                f"greedy answers of at most {whole['new_tokens']} tokens to "
+                f"{whole['methods']['jdetune']['answers']} prompts that were not trained on. The "
+                "paper shows Mistral-7B's texts; these are SmolLM2's.",
                 "",
                 whole_table(whole),
                 "",

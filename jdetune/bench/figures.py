@@ -21,6 +21,7 @@ STYLES = {
 }
 _RC: Any = {
     "font.size": 10,
+    "axes.titlesize": 9,
     "axes.grid": True,
     "grid.alpha": 0.3,
     "axes.spines.top": False,

@@ -160,11 +160,12 @@ def results_of(cells):
         ),
     }  # fmt: skip
     whole = {
-        "n": 3, "new_tokens": 4, "texts": [
+        "n": 3, "new_tokens": 4, "base_perplexity": 9.0, "texts": [
             {"prompt": "p", **dict.fromkeys(("base", *TITLES), "t")}
         ],
         "methods": {"jdetune": {"w_error": -9.0, "layers": 1, "without_base": 0, "answers": 100,
-                                "equal": 100, "log_cosine": -16.0, "seconds": 1.0}},
+                                "equal": 100, "log_cosine": -16.0, "perplexity": 9.0,
+                                "seconds": 1.0}},
     }  # fmt: skip
     subset = {
         "title": "Tiny", "real": True, "about": "Real.", "cells": cells, "ranks": [4],
