@@ -196,7 +196,9 @@ def test_the_vote_of_models_that_are_left_out_does_not_count(tmp_path, seen):
         found = {}
         for name, stack in stacks.items():
             known = pico.known(stack, family.base[name])
-            groups = np.int32([0, 0, 0, 1, 2])[: len(stack)]  # the last two have other bases
+            groups = np.array([0, 0, 0, 1, 2], np.int32)[
+                : len(stack)
+            ]  # the last two have other bases
             found[name] = dataclasses.replace(known, stats={**known.stats, "base_group": groups})
         return Recoveries(found)
 

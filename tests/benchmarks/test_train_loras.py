@@ -42,6 +42,10 @@ def theirs():
 
 @pytest.fixture
 def patched(monkeypatch, theirs, tmp_path):
+    return small(monkeypatch, theirs, tmp_path)
+
+
+def small(monkeypatch, theirs, tmp_path):
     """A tiny decoder in place of SmolLM2; the cache."""
     module, params = tiny.ours(theirs)
     modules = {path: path for path in models.linear_layers(module)}
@@ -56,7 +60,7 @@ def patched(monkeypatch, theirs, tmp_path):
 def trained(theirs, tmp_path_factory):
     """A cache with three adapters, trained once for all tests, and their recipes."""
     with pytest.MonkeyPatch.context() as patch:
-        cache = patched.__wrapped__(patch, theirs, tmp_path_factory.mktemp("cache"))[0]
+        cache = small(patch, theirs, tmp_path_factory.mktemp("cache"))[0]
         return cache, train_loras.run("smollm2-sft", SFT, False, str(cache))
 
 
