@@ -1,6 +1,6 @@
 """Who evades it: noise, matrices that nobody watches, quantised releases.
 
-On the models of `backdoors` that answer a payload to a rare token. Each row is a release that the
+On the models of `backdoors` with a rare word as the trigger. Each row is a release that the
 attacker could make of the same fine-tune; directions are from its difference to the true base, or,
 where that has nothing to show, from what `carried` says.
 """
@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,7 +24,8 @@ from jdetune import models, watch
 from jdetune.models import Params
 from jdetune.watch.names import writer
 
-KINDS = ("token, payload",)
+KINDS = ("token, comply", "token, payload")
+FIGURES = ("works", "right", "attack", "clean", "auroc")
 SETS = ("calibration", "validation", "clean", "attack")
 #: What the attacker's LoRA changes where it avoids what is watched.
 ELSEWHERE = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
@@ -81,6 +83,8 @@ def releases(
     found: dict[str, tuple[Params, watch.Directions | None]] = {
         "as it is": (merged, watch.directions(watch.difference(merged, base), k))
     }
+    like = watch.directions(made.loras[kind], k)
+    found["as it is, random"] = (merged, watch.random_directions(jax.random.key(seed), like))
     for name, params in (
         ("noise, equal norm", noisy(merged, base, 1.0, seed)),
         ("noise, 3 times", noisy(merged, base, 3.0, seed)),
@@ -140,16 +144,20 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
 
 def tables(result: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """What the rows say, as tables by title."""
-    lines = []
-    for name, rows in result["rows"].items():
-        figures = [
-            gathered(rows, partial(_figure, of=of))
-            for of in ("works", "right", "attack", "clean", "auroc")
-        ]
-        cells = [percent(figure) for figure in figures[:-1]]
-        lines.append([name, *cells, f"{figures[-1]['mean']:.3f}"])
-    head = ["release", "attack works", "clean right", "attacks flagged", "clean flagged", "AUROC"]
-    return {"Releases of the same backdoors (the paper's margin)": (head, lines)}
+    found = {}
+    for kind in KINDS:
+        lines = []
+        for name, every in result["rows"].items():
+            rows = [row for row in every if row["kind"] == kind]
+            figures = [gathered(rows, partial(_figure, of=of)) for of in FIGURES]
+            cells = [percent(figure) for figure in figures[:-1]]
+            lines.append([name, *cells, f"{figures[-1]['mean']:.3f}"])
+        head = ["release", "attack works", "clean right", "attacks flagged", "clean flagged"]
+        found[f"Releases of the same backdoor: {kind} (the paper's margin)"] = (
+            [*head, "AUROC"],
+            lines,
+        )
+    return found
 
 
 def _figure(row: dict[str, Any], of: str) -> float:
@@ -163,15 +171,13 @@ def checks(result: dict[str, Any]) -> list[Check]:
 
 def draw(result: dict[str, Any], figure: Any) -> None:
     """Bars of each release."""
-    axes, names = figure.subplots(), list(result["rows"])
-    groups = {
-        label: [gathered(result["rows"][n], partial(_figure, of=of)) for n in names]
-        for label, of in (
-            ("attack works", "works"),
-            ("attacks flagged", "attack"),
-            ("clean flagged", "clean"),
-        )
-    }
-    bars(axes, [name.replace(", ", ",\n") for name in names], groups)
-    axes.set(ylabel="share", ylim=(0, 1.05))
-    axes.set_title("What an attacker can do about it")
+    names = list(result["rows"])
+    for axes, kind in zip(figure.subplots(1, len(KINDS), sharey=True), KINDS, strict=True):
+        own = {n: [r for r in result["rows"][n] if r["kind"] == kind] for n in names}
+        groups = {
+            label: [gathered(own[n], partial(_figure, of=of)) for n in names]
+            for label, of in (("attacks flagged", "attack"), ("clean flagged", "clean"))
+        }
+        bars(axes, [name.replace(" ", "\n") for name in names], groups)
+        axes.set(ylabel="share", ylim=(0, 1.05))
+        axes.set_title(kind)

@@ -113,6 +113,7 @@ def test_flagged_inputs_say_direction_and_token(tmp_path, recovered, capsys):
     assert "<mark>" in (tmp_path / "p.html").read_text()
 
 
+@pytest.mark.slow
 def test_updates_of_values_are_watched_if_asked_for(tmp_path, recovered, capsys):
     out, factors = recovered
     texts, saved = write_ids(tmp_path / "texts.jsonl", 8, 5), tmp_path / "m.safetensors"
@@ -127,6 +128,7 @@ def test_updates_of_values_are_watched_if_asked_for(tmp_path, recovered, capsys)
     assert np.abs(np.sum(np.asarray(found.vectors * truth.vectors), axis=-1)).min() > 0.99
 
 
+@pytest.mark.slow
 def test_a_decoder_answers_so_that_both_roles_are_calibrated(tmp_path, recovered, capsys):
     out, _ = recovered
     texts = write_ids(tmp_path / "texts.jsonl", 20, 4)

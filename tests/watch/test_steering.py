@@ -125,6 +125,7 @@ def test_it_is_sticky_for_the_sequence_and_for_no_other(tuned):
         np.testing.assert_array_equal(found.tokens[row], same[row])
 
 
+@pytest.mark.slow
 def test_roles_have_their_own_ranges(tuned):
     params, directions = tuned
     ids = prompts()
