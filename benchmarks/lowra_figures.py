@@ -206,8 +206,9 @@ def _losses(results: Results) -> Iterator[Figure]:
                     alpha=0.5,
                 )
             found = subset["traces"]["correlation"]
+            said = f"r = {found['curve']:.4f} of means over layers, {found['pooled']:.4f} pooled"
             axis.set(
-                title=f"{_about(subset)}\nr = {found['curve']:.4f} of means over layers, {found['pooled']:.4f} pooled",
+                title=f"{_about(subset)}\n{said}",
                 xlabel="log10 loss",
                 ylabel="W-error (log10 MSE)",
             )
