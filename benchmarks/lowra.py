@@ -184,8 +184,6 @@ def traces(plan: Plan, source: Source) -> dict[str, Any]:
         "off": [dataclasses.asdict(trace) for trace in off],
         "ours": float(np.mean(ours)) if ours else None,
         "ours_layers": ours,
-        "effects": lowra_trace.scheduler_effects(on, off),
-        "correlation": lowra_trace.correlation(on),
     }
 
 
@@ -215,7 +213,10 @@ def extend(plan: Plan, value: dict[str, Any], source: Source, out: Path, progres
     stepwise = plan.traced and any(wanted(key) for key in ("fig5", "fig6", "fig12"))
     if stepwise and len(source.models) >= TRACED_MODELS:
         make = lambda: traces(plan, source)  # noqa: E731
-        value["traces"] = cached(out / "traces.json", about | {"traced": plan.traced}, make)
+        held = cached(out / "traces.json", about | {"traced": plan.traced}, make)
+        on, off = ([lowra_trace.Trace(**trace) for trace in held[field]] for field in ("on", "off"))
+        effects, found = lowra_trace.scheduler_effects(on, off), lowra_trace.correlation(on)
+        value["traces"] = held | {"effects": effects, "correlation": found}
     if plan.model and not FLAGS.quick:
         from benchmarks import lowra_meaning, semantic
 

@@ -83,8 +83,9 @@ def checks(results: Mapping[str, Any]) -> list[Check]:
                         effects[effect],
                     )
                 )
-            pooled = traces["correlation"]["pooled"]
-            found.append(at_least(f"{name}: loss against W-error", pooled, CORRELATION))
+            for field, what in (("curve", "means over layers"), ("pooled", "single layers pooled")):
+                value = traces["correlation"][field]
+                found.append(at_least(f"{name}: loss and W-error, {what}", value, CORRELATION))
     return found
 
 

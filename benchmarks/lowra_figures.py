@@ -205,9 +205,10 @@ def _losses(results: Results) -> Iterator[Figure]:
                     markersize=3,
                     alpha=0.5,
                 )
-            pooled = subset["traces"]["correlation"]["pooled"]
+            found = subset["traces"]["correlation"]
+            said = f"r = {found['curve']:.4f} of means over layers, {found['pooled']:.4f} pooled"
             axis.set(
-                title=f"{_about(subset)}\nr = {pooled:.4f}",
+                title=f"{_about(subset)}\n{said}",
                 xlabel="log10 loss",
                 ylabel="W-error (log10 MSE)",
             )

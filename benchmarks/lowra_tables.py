@@ -138,12 +138,19 @@ def scheduler_table(results: Results) -> str | None:
                 f"{effects['std_on']:.2f} / {effects['std_off']:.2f}",
                 f"{effects['mean_on']:.2f} / {effects['mean_off']:.2f}",
                 number(subset["traces"]["ours"]),
+                number(found["curve"], 4),
                 number(found["pooled"], 4),
                 number(found["least_layer"], 4),
             ]
         )
     header = ["subset", "layers", "median step to the target, on / off", "spread, on / off"]
-    header += ["W-error, on / off", "jdetune", "loss and W-error, r", "least of a layer"]
+    header += [
+        "W-error, on / off",
+        "jdetune",
+        "r of loss and W-error",
+        "pooled",
+        "least of a layer",
+    ]
     return markdown(header, rows) if rows else None
 
 

@@ -132,12 +132,18 @@ def _median(steps: Sequence[int | None], never: int) -> float:
 
 
 def correlation(traces: Sequence[Trace]) -> dict[str, float | None]:
-    """Pearson correlation of log10 loss and W-error over steps and layers, and of single layers."""
+    """Pearson correlation of log10 loss and W-error over the steps of the paper's algorithm.
+
+    ``curve`` is of their means over layers, as the W-error is defined (Eq. 8); ``pooled`` takes
+    every step of every layer for a point, where each layer has its own floor of either.
+    """
     pairs = [(np.log10(np.maximum(t.losses, 1e-40)), np.array(t.errors)) for t in traces]
     single = [float(np.corrcoef(x, y)[0, 1]) for x, y in pairs]
     x, y = np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
     ends = [(p[0][-1], p[1][-1]) for p in pairs]
+    means = [np.mean([pair[side] for pair in pairs], axis=0) for side in (0, 1)]
     return {
+        "curve": float(np.corrcoef(*means)[0, 1]),
         "pooled": float(np.corrcoef(x, y)[0, 1]),
         "least_layer": min(single),
         "median_layer": float(np.median(single)),
