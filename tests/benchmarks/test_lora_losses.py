@@ -98,12 +98,12 @@ def test_classes_are_named_by_the_head(kind):
     drawn = models.init_lora(module, jax.random.key(0), 3, ["query", "value"])
     heads = jax.tree.map(lambda x: x[0], lora_losses.first_heads(2, 32, 5))
     if kind == "bert":
-        batch = {"ids": tiny.IDS, "mask": tiny.MASK, "label": np.int32([0, 3, 4])}
+        batch = {"ids": tiny.IDS, "mask": tiny.MASK, "label": np.array([0, 3, 4], np.int32)}
         hidden = tiny.run(module, params, tiny.IDS, tiny.MASK).hidden
         share = tiny.MASK / tiny.MASK.sum(1, keepdims=True)
         vectors = np.einsum("btw,bt->bw", np.asarray(hidden), share)
     else:
-        batch = {"pixels": tiny.PIXELS, "label": np.int32([0, 3])}
+        batch = {"pixels": tiny.PIXELS, "label": np.array([0, 3], np.int32)}
         vectors = np.asarray(tiny.run(module, params, tiny.PIXELS).hidden)[:, 0]
     logits = vectors.astype(np.float64) @ np.asarray(heads["weight"]) + np.asarray(heads["bias"])
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
