@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -40,33 +41,33 @@ def theirs():
     return tiny.theirs("llama", num_hidden_layers=1)
 
 
-@pytest.fixture
-def patched(monkeypatch, theirs, tmp_path):
-    return small(monkeypatch, theirs, tmp_path)
-
-
-def small(monkeypatch, theirs, tmp_path):
-    """A tiny decoder in place of SmolLM2; the cache."""
+def stand_in(monkeypatch, theirs):
+    """A tiny decoder in place of SmolLM2."""
     module, params = tiny.ours(theirs)
     modules = {path: path for path in models.linear_layers(module)}
     model = train_loras.Model(module, params, modules, None, "tiny")
     monkeypatch.setattr(train_loras, "load_model", lambda _: model)
     monkeypatch.setattr(train_loras, "examples", examples)
     monkeypatch.setitem(train_loras.AT_ONCE, "smollm2", 2)
-    return tmp_path, module, params
+    return module, params
+
+
+@pytest.fixture
+def patched(monkeypatch, theirs, tmp_path):
+    """An empty cache, and the tiny decoder."""
+    return tmp_path, *stand_in(monkeypatch, theirs)
 
 
 @pytest.fixture(scope="module")
 def trained(theirs, tmp_path_factory):
     """A cache with three adapters, trained once for all tests, and their recipes."""
     with pytest.MonkeyPatch.context() as patch:
-        cache = small(patch, theirs, tmp_path_factory.mktemp("cache"))[0]
+        stand_in(patch, theirs)
+        cache = tmp_path_factory.mktemp("cache")
         return cache, train_loras.run("smollm2-sft", SFT, False, str(cache))
 
 
 def copied(trained, cache):
-    import shutil
-
     shutil.copytree(trained[0], cache, dirs_exist_ok=True)
     return cache / "lowra" / "smollm2-sft"
 
