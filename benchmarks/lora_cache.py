@@ -50,7 +50,7 @@ SUBSETS = {
         Subset("smollm2-dpo", "smollm2", 32, ATTENTION, "DPO that goes on from each SFT"),
         Subset("dinov2", "dinov2", 16, _QV, "one image task each"),
         Subset("minilm-distinct", "minilm", 16, _QV, "one text task each"),
-        Subset("minilm-same", "minilm", 16, _QV, "one task, random 80% of its texts each"),
+        Subset("minilm-same", "minilm", 16, _QV, "one task, batches of their own"),
         Subset("minilm-oneseed", "minilm", 16, _QV, "one text task each, one initial A"),
         Subset("minilm-mixed", "minilm", (4, 8, 16, 32), BERT_LINEAR, "ranks of their own"),
     )
