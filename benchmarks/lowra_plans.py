@@ -111,7 +111,7 @@ PLANS = {
             model="smollm2",
         ),
         _minilm("minilm-distinct", "distinct tasks", traced=8),
-        _minilm("minilm-same", "one task, random 80% of its texts"),
+        _minilm("minilm-same", "one task, batches of their own"),
         _minilm("minilm-oneseed", "distinct tasks, one initial A"),
         _minilm("minilm-mixed", "ranks 4 to 32 mixed, all linear layers"),
         Plan(
