@@ -164,7 +164,7 @@ def _before_rounding(task: Task, found: Any) -> np.ndarray:
     total = np.zeros(task.base.shape)
     left, right = np.asarray(found.adapters.left), np.asarray(found.adapters.right)
     for model, b, a in zip(task.merged, left, right, strict=True):
-        total += model.astype(np.float64) - b.astype(np.float64) @ a.astype(np.float64)
+        total += model.astype(np.float64) - np.matmul(b, a, dtype=np.float64)
     return total / len(task.merged)
 
 

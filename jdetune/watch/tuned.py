@@ -64,7 +64,7 @@ def load_tuned(out: str | Path, model: str) -> Tuned:
     for key, pair in adapter.updates.items():
         own = canonical(module, key)
         if own in params:
-            added = np.float32(pair.scaling) * (pair.left @ pair.right)
+            added = np.float32(pair.scaling) * np.matmul(pair.left, pair.right)
             params[own] = params[own] + jnp.asarray(added.reshape(params[own].shape))
         elif not is_unused(module, own):
             raise InputError(f"{out}: the update of {key} has no place in the model.")
