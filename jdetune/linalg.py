@@ -82,6 +82,15 @@ def matmul(a: Float[Array, "*b m k"], b: Float[Array, "*b k n"]) -> Float[Array,
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
+def laid_out(matrix: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """The same matrix, written out on CPU before a product uses it.
+
+    For a thin ``a.T`` beside a large matrix: left to itself, XLA hands the transposition to the
+    product, which then takes up to twice as long.
+    """
+    return lax.optimization_barrier(matrix) if jax.default_backend() == "cpu" else matrix
+
+
 def long_matmul(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
     """Matrix product over a long axis; in float32 summed in blocks with compensation.
 

@@ -225,8 +225,11 @@ def _pair_row_spaces(
 
 def _blocked(rows, left: Float[Array, "row width"]) -> Float[Array, "width col"]:
     """``left.T @ matrix`` over blocks of rows, summed in float64."""
-    parts = (linalg.matmul(left[b].T, rows(b)).astype(jnp.float64) for b in _blocks(left))
-    return functools.reduce(jnp.add, parts)
+
+    def part(block: slice) -> Array:
+        return linalg.matmul(linalg.laid_out(left[block].T), rows(block)).astype(jnp.float64)
+
+    return functools.reduce(jnp.add, map(part, _blocks(left)))
 
 
 def _rows_of(values: Array, model: Array, dtype: jnp.dtype, block: slice) -> Array:
@@ -269,8 +272,9 @@ def _common(
         seen = pairs.values[x, : u.shape[0], None] * u
         _, axes = linalg.eigh_descending(linalg.matmul(seen.T, seen))
         u, v = (linalg.matmul(w / jnp.sqrt(2 + 2 * cosine), axes) for w in (u, v))
-        both = linalg.matmul(linalg.matmul(turn[x], u).T, rows[x])
-        return both + linalg.matmul(linalg.matmul(turn[y], v).T, rows[y]), square
+        first, second = (linalg.matmul(turn[side], w).T for side, w in ((x, u), (y, v)))
+        both = linalg.matmul(linalg.laid_out(first), rows[x])
+        return both + linalg.matmul(linalg.laid_out(second), rows[y]), square
 
     found, square = linalg.map_batched(one, (jnp.roll(here, 1), here), batch_size)
     ranks = jnp.sum(square > COMMON, axis=1, dtype=jnp.int32)
@@ -291,7 +295,7 @@ def _project(
 
     def one(operands: tuple[Array, Array]) -> Array:
         stored, own = operands
-        target = (jnp.concatenate([own, probes.astype(dtype)]) / across).T
+        target = linalg.laid_out((jnp.concatenate([own, probes.astype(dtype)]) / across).T)
 
         def part(block: slice) -> Array:
             error = stored[:, block].astype(dtype) - mean[0][:, block].astype(dtype)
