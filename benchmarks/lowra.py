@@ -1,7 +1,7 @@
 """LoWRA Bench offline: the paper's tables and figures on real models, ours beside the paper's.
 
     python -m benchmarks.train_loras          # once; the adapters
-    python -m benchmarks.lowra --all          # under an hour on two idle cores
+    python -m benchmarks.lowra --all          # about an hour on two idle cores; a subset a core
     python -m benchmarks.lowra --quick        # minutes, on adapters that the repository holds
     python -m benchmarks.lowra --all --only=fig7,table4 --subsets=dinov2
 
@@ -15,9 +15,11 @@ subsets, all layers) is ``--all --counts=2,3,4,5,6,7,8,9,10,11,12,13,14,15 --rep
 
 import dataclasses
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ from jdetune.bench.methods import run as run_method  # noqa: E402
 from jdetune.checkpoint.index import read_json  # noqa: E402
 from jdetune.checkpoint.writer import save_json, save_safetensors, save_text  # noqa: E402
 from jdetune.cli.common import progress_bar  # noqa: E402
+from jdetune.machine import cores  # noqa: E402
 from jdetune.noise import ulp  # noqa: E402
 
 FLAGS = flags.FLAGS
@@ -70,6 +73,8 @@ def define_flags() -> None:
     flags.DEFINE_string("out", "benchmarks/results/lowra", "Folder to write.")
     flags.DEFINE_boolean("docs", False, "Write docs/results.md and copy the figures there.")
     flags.DEFINE_boolean("overwrite", False, "Drop results of other settings in --out.")
+    flags.DEFINE_integer("workers", None, "Subsets side by side; as many as cores if left out.")
+    flags.DEFINE_boolean("finish", True, "Tables, figures and checks once the subsets are done.")
 
 
 def chosen() -> list[Plan]:
@@ -104,8 +109,28 @@ def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
-def run_plan(plan: Plan, source: Source, out: Path, progress: Any) -> tuple[dict[str, Any], int]:
-    """All results of one subset, and how many cells were made in this run.
+def side_by_side(plans: list[Plan], workers: int) -> None:
+    """Every subset in a process of its own, some at a time: the products are too small for cores.
+
+    Results stay on disk. What fails here is tried, and fails, once more where all come together.
+    """
+    same = [word for word in sys.argv[1:] if not word.startswith(("--subsets", "--workers"))]
+
+    def one(plan: Plan) -> None:
+        own = [f"--subsets={plan.name}", "--workers=1", "--nofinish"]
+        subprocess.run([sys.executable, "-m", "benchmarks.lowra", *same, *own], check=False)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, plans))
+
+
+def cells_on_disk(out: Path) -> int:
+    """Results of all subsets, other settings' among them."""
+    return sum(len(path.read_text().splitlines()) - 1 for path in out.glob("*/cells.jsonl"))
+
+
+def run_plan(plan: Plan, source: Source, out: Path, progress: Any) -> dict[str, Any]:
+    """All results of one subset.
 
     Args:
       plan: the subset.
@@ -120,10 +145,8 @@ def run_plan(plan: Plan, source: Source, out: Path, progress: Any) -> tuple[dict
         repeats=plan.repeats,
         steps=plan.steps,
     )
-    fresh: list[protocol.Key] = []
 
     def keep(key: protocol.Key, estimate: np.ndarray) -> None:
-        fresh.append(key)
         if key.repeat == 0 and plan.model:
             save_safetensors(_estimate(out, key.layer, key.n, key.method), {"base": estimate})
 
@@ -145,7 +168,7 @@ def run_plan(plan: Plan, source: Source, out: Path, progress: Any) -> tuple[dict
     }
     del value["exit_code"]
     save_text(out / "tables.md", report.tables({**value, "figures": []}, cells))
-    return value, len(fresh)
+    return value
 
 
 def _estimate(out: Path, layer: str, n: int, method: str) -> Path:
@@ -257,7 +280,10 @@ def main(argv: list[str]) -> int:
         "subsets": {},
         "missing": {},
     }
-    made = 0
+    before = cells_on_disk(out)
+    workers = min(FLAGS.workers or cores(), len(plans))
+    if workers > 1:
+        side_by_side(plans, workers)
     sources: dict[str, Source] = {}
 
     def real(name: str) -> Source:
@@ -275,19 +301,20 @@ def main(argv: list[str]) -> int:
                 continue
             say(f"{plan.name}: {len(source.names)} layers, {len(source.models)} models")
             folder = out / plan.name
-            value, fresh = run_plan(plan, source, folder, progress)
-            made += fresh
+            value = run_plan(plan, source, folder, progress)
             value["like"] = None if like is None else dataclasses.asdict(like)
             extend(plan, value, source, folder, progress)
             save_json(folder / "results.json", value)
             results["subsets"][plan.name] = value
-            if plan.real and "equivalence" not in results:
+            if plan.real and FLAGS.finish and "equivalence" not in results:
                 results["equivalence"] = make_equivalence(source, out, 300)
             say(f"{plan.name}: done, {(time.monotonic() - begin) / 60:.1f} min since the start")
     if not results["subsets"]:
         print("nothing to show:", *results["missing"].values(), sep="\n")
         return 3
-    results["cells_made"] = made
+    if not FLAGS.finish:
+        return 0
+    results["cells_made"] = max(cells_on_disk(out) - before, 0)
     results["cells_in_all"] = sum(len(s["cells"]) for s in results["subsets"].values())
     return finish(results, out, begin)
 

@@ -69,6 +69,7 @@ def _minilm(name: str, what: str, traced: int = 0) -> Plan:
         300,
         about=f"Real all-MiniLM-L6-v2 and adapters trained on it: {what}.",
         model="minilm",
+        layers=6,
         traced=traced,
     )
 
@@ -85,7 +86,8 @@ PLANS = {
             about="Real DINOv2-small; 15 adapters of rank 16 on query and value, one image task "
             "(digits and transforms of them) each.",
             model="dinov2",
-            traced=8,
+            layers=8,
+            traced=4,
         ),
         Plan(
             "smollm2-sft",
@@ -96,7 +98,8 @@ PLANS = {
             about="Real SmolLM2-135M-Instruct; adapters of rank 32 (64 would fill the 192 rows of "
             "k and v) on q, k, v and o, each on a random 80% of one corpus.",
             model="smollm2",
-            traced=4,
+            layers=2,
+            traced=2,
             whole=True,
         ),
         Plan(
@@ -105,12 +108,12 @@ PLANS = {
             True,
             "mistral-7b-v0.1-dpo",
             1000,
-            layers=8,
+            layers=2,
             about="Real SmolLM2-135M-Instruct; DPO that goes on from each SFT adapter, the true "
             "answer preferred to a mismatched one.",
             model="smollm2",
         ),
-        _minilm("minilm-distinct", "distinct tasks", traced=8),
+        _minilm("minilm-distinct", "distinct tasks", traced=4),
         _minilm("minilm-same", "one task, batches of their own"),
         _minilm("minilm-oneseed", "distinct tasks, one initial A"),
         _minilm("minilm-mixed", "ranks 4 to 32 mixed, all linear layers"),
