@@ -60,7 +60,7 @@ class Plan:
     whole: bool = False
 
 
-def _minilm(name: str, what: str, traced: int = 0) -> Plan:
+def _minilm(name: str, what: str, traced: int = 0, layers: int = 6) -> Plan:
     return Plan(
         name,
         f"MiniLM, {what}",
@@ -69,7 +69,7 @@ def _minilm(name: str, what: str, traced: int = 0) -> Plan:
         300,
         about=f"Real all-MiniLM-L6-v2 and adapters trained on it: {what}.",
         model="minilm",
-        layers=6,
+        layers=layers,
         traced=traced,
     )
 
@@ -115,7 +115,7 @@ PLANS = {
         ),
         _minilm("minilm-distinct", "distinct tasks", traced=4),
         _minilm("minilm-same", "one task, batches of their own"),
-        _minilm("minilm-oneseed", "distinct tasks, one initial A"),
+        _minilm("minilm-oneseed", "distinct tasks, one initial A", layers=3),
         _minilm("minilm-mixed", "ranks 4 to 32 mixed, all linear layers"),
         Plan(
             "sd15",
