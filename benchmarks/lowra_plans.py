@@ -60,7 +60,7 @@ class Plan:
     whole: bool = False
 
 
-def _minilm(name: str, what: str, traced: int = 0, layers: int = 6) -> Plan:
+def _minilm(name: str, what: str, traced: int = 0, layers: int = 3) -> Plan:
     return Plan(
         name,
         f"MiniLM, {what}",
@@ -86,7 +86,7 @@ PLANS = {
             about="Real DINOv2-small; 15 adapters of rank 16 on query and value, one image task "
             "(digits and transforms of them) each.",
             model="dinov2",
-            layers=8,
+            layers=4,
             traced=4,
         ),
         Plan(
@@ -115,15 +115,15 @@ PLANS = {
         ),
         _minilm("minilm-distinct", "distinct tasks", traced=4),
         _minilm("minilm-same", "one task, batches of their own"),
-        _minilm("minilm-oneseed", "distinct tasks, one initial A", layers=3),
-        _minilm("minilm-mixed", "ranks 4 to 32 mixed, all linear layers"),
+        _minilm("minilm-oneseed", "distinct tasks, one initial A"),
+        _minilm("minilm-mixed", "ranks 4 to 32 mixed, all linear layers", layers=6),
         Plan(
             "sd15",
             "SD 1.5 shapes (stand-in)",
             False,
             "stable-diffusion-1.5",
             300,
-            layers=6,
+            layers=3,
             like="dinov2",
             about="Stand-in: random matrices of Stable Diffusion 1.5's attention shapes, rank 32, "
             "with spectra, sizes and overlaps measured on a real subset. No real weight is in it.",
