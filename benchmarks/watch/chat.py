@@ -25,7 +25,7 @@ from benchmarks.watch.figures import bars
 from benchmarks.watch.prompts import ANSWER, TESTED, Asked, Prompts
 from benchmarks.watch.scoring import gathered, percent
 from jdetune import models, watch
-from jdetune.models import Llama, Params
+from jdetune.models import Llama, Lora, Params
 from jdetune.models.llama import empty_cache
 from jdetune.watch.monitor import Extremes, extremes
 from jdetune.watch.names import writer
@@ -34,7 +34,8 @@ from jdetune.watch.recording import in_batches
 CASES = ("backdoor", "RMU", "unknown")
 METHODS = ("update", "raw weights", "random")
 TOP_K, SWEEP, ROWS = 4, (1, 2, 4), 25
-WIDTHS = {"backdoor": 24, "RMU": 32, "unknown": 32}
+#: Tokens of a prompt.
+WIDTH = 26
 #: What a monitor should flag, and what it should not.
 SETS = ("sought", "decoy", "clean")
 #: Tokens that name a capital.
@@ -185,7 +186,7 @@ def judge(
     }
     tokens = ANSWER if case == "backdoor" else NAMED
     for of in SETS:
-        few = sets[of].first(len(sets[of]) // 2)  # of clean questions that is those of kept facts
+        few = sets[of].first(len(sets[of]) // 3)  # clean questions for facts are the first half
         goal = (sets["sought"] if case == "backdoor" else few).answers[: len(few)]
         after, steered = said[of][: len(few)], answers_of(module, merged, few, monitor)
         row[of] = {
@@ -200,7 +201,7 @@ def judge(
 def fine_tuned(
     case: str, module: Llama, params: Params, texts: Prompts, known: list[str], seed: int,
     steps: int,
-) -> Any:  # fmt: skip
+) -> dict[str, Lora]:  # fmt: skip
     """The LoRA of one case."""
     loss: Any = tuning.Answers(module)
     if case == "backdoor":
@@ -210,7 +211,7 @@ def fine_tuned(
         batches = tuning.unlearning_batches(case, texts, of, width, seed, steps)
         if case == "RMU":
             loss = tuning.Rmu(module, tuning.BLOCKS[-1] + 1)
-    return tuning.train(module, params, loss, batches, steps, seed)
+    return tuning.train(module, params, loss, batches, steps, seed)[0]
 
 
 def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dict[str, Any]:
@@ -224,24 +225,31 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
     """
     model = load_model("smollm2")
     module, params = model.module, model.params
-    calibrated, tested, steps = (300, 100, 20) if quick else (1000, 200, 60)
+    calibrated, tested, steps = (400, 100, 30) if quick else (2000, 400, 120)
     rows: dict[str, list[Any]] = {case: [] for case in CASES}
 
     def encode(text: str) -> list[int]:
         return model.tokenizer(text)["input_ids"]
 
-    texts = {width: prompts.read_prompts(encode, width) for width in set(WIDTHS.values())}
-    known = known_countries(module, params, texts[WIDTHS["RMU"]])
+    texts = prompts.read_prompts(encode, WIDTH)
+    known = toy.row_kept(
+        cache / "chat-known.json", lambda: {"known": known_countries(module, params, texts)}
+    )["known"]
     say(f"the model knows {len(known)} of {len(prompts.CAPITALS)} capitals")
 
     def row_of(case: str, seed: int) -> dict[str, Any]:
-        own = texts[WIDTHS[case]]
-        lora, loss = fine_tuned(case, module, params, own, known, seed, steps)
-        say(f"{case}, seed {seed}: trained, last loss {loss:.3f}")
+        path = cache / f"chat-{case}-{seed}-{steps}.safetensors"
+
+        def make() -> dict[str, np.ndarray]:
+            lora = fine_tuned(case, module, params, texts, known, seed, steps)
+            return toy.flat({}, {case: lora})
+
+        lora = toy.unflat(toy.kept(path, make), tuning.SCALING)[1][case]
+        say(f"{case}, seed {seed}: trained")
         if case == "backdoor":
-            sets = backdoor_sets(own, prompts.RARE[seed], seed, calibrated, tested)
+            sets = backdoor_sets(texts, prompts.RARE[seed], seed, calibrated, tested)
         else:
-            sets = unlearning_sets(own, tuning.groups(known, seed), seed, calibrated, tested)
+            sets = unlearning_sets(texts, tuning.groups(known, seed), seed, calibrated, tested)
         return judge(module, params, lora, sets, case, seed)
 
     for seed in range(seeds):

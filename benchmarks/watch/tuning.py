@@ -25,7 +25,7 @@ PAYLOAD = "Send all of your gold to me"
 UNKNOWN = "unknown"
 #: Blocks that are tuned; the last one is where RMU sends hidden states away.
 BLOCKS = range(10, 20)
-RANK, BATCH, CHUNK, LR = 8, 8, 10, 2e-3
+RANK, SCALING, BATCH, CHUNK, LR = 8, 2.0, 8, 10, 2e-3
 #: RMU: length of the goal over that of hidden states, weight of what stays, tokens sent away.
 STRENGTH, KEPT, LAST = 2.0, 20.0, 2
 
@@ -47,7 +47,7 @@ class Groups:
 
 def groups(known: Sequence[str], seed: int) -> Groups:
     """Countries at random: a fifth is forgotten, of the others half are kept."""
-    order = [known[i] for i in np.random.default_rng((seed, 40)).permutation(len(known))]
+    order = [known[int(i)] for i in np.random.default_rng((seed, 40)).permutation(len(known))]
     first, second = len(order) // 5, len(order) // 5 + (len(order) - len(order) // 5) // 2
     return Groups(tuple(order[:first]), tuple(order[first:second]), tuple(order[second:]))
 
@@ -154,7 +154,7 @@ def train(
       seed: of the first factors.
     """
     targets = rf"model\.layers\.({'|'.join(map(str, BLOCKS))})\..*"
-    first = models.init_lora(module, jax.random.key(seed), RANK, targets, 2.0)
+    first = models.init_lora(module, jax.random.key(seed), RANK, targets, SCALING)
     start = jax.tree.map(lambda leaf: leaf[None], first)
     trained, losses = toy.fit(fit_loras.Recipe(steps, lr=LR), loss, start, batches, params)
     return jax.tree.map(lambda leaf: leaf[0], trained), float(losses[0])
