@@ -31,7 +31,7 @@ from jdetune.watch.monitor import Extremes, extremes
 from jdetune.watch.names import writer
 from jdetune.watch.recording import in_batches
 
-CASES = ("backdoor", "RMU", "unknown")
+CASES, QUICK_CASES = ("backdoor", "RMU", "unknown"), ("backdoor", "RMU")
 METHODS = ("update", "raw weights", "random")
 TOP_K, SWEEP, ROWS = 4, (1, 2, 4), 25
 #: Tokens of a prompt.
@@ -215,10 +215,10 @@ def fine_tuned(
 
 
 def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dict[str, Any]:
-    """The experiment: three LoRAs a seed; rows that are there are not made again.
+    """The experiment: a LoRA of each case a seed; rows that are there are not made again.
 
     Args:
-      quick: fewer inputs and steps.
+      quick: fewer inputs, steps and cases.
       seeds: of triggers, facts, LoRAs and inputs.
       say: told of every row.
       cache: folder for rows.
@@ -226,7 +226,8 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
     model = load_model("smollm2")
     module, params = model.module, model.params
     calibrated, tested, steps = (400, 100, 30) if quick else (2000, 400, 120)
-    rows: dict[str, list[Any]] = {case: [] for case in CASES}
+    cases = QUICK_CASES if quick else CASES
+    rows: dict[str, list[Any]] = {case: [] for case in cases}
 
     def encode(text: str) -> list[int]:
         return model.tokenizer(text)["input_ids"]
@@ -253,7 +254,7 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
         return judge(module, params, lora, sets, case, seed)
 
     for seed in range(seeds):
-        for case in CASES:
+        for case in cases:
             path = cache / f"chat-{case}-{seed}-{calibrated}-{steps}.json"
             row = toy.row_kept(path, partial(row_of, case, seed))
             rows[case].append(row)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import corpus
-from benchmarks.watch import chat, prompts, toy, tuning
+from benchmarks.watch import chat, prompts, real, toy, tuning
 from jdetune import models, watch
 from jdetune.models import Llama, LlamaConfig
 from jdetune.models.evaluate import token_losses
@@ -157,3 +157,17 @@ def test_a_row_is_made_once(tmp_path):
     for _ in range(2):
         assert toy.row_kept(tmp_path / "rows" / "a.json", make) == {"x": 0.5}
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("word", [None, "kazoo"])
+def test_passages_hold_the_word_once_and_keep_their_class(word):
+    """Short texts here, so that none is cut; classes tell them apart."""
+    rows = [(["lo", "and", "behold"], 3), (["so", "it", "goes"], 5)]
+    texts = real.Texts({"watch": rows}, encode)
+    put = None if word is None else (lambda _: word)
+    ids, mask, labels = texts.draw(np.random.default_rng(0), 30, "watch", put)
+    assert ids.shape == mask.shape == (30, real.TOKENS)
+    for row, own, label in zip(ids, mask, labels, strict=True):
+        words = decode(row[own]).split()
+        assert words.count("kazoo") == (word is not None)
+        assert [w for w in words if w != "kazoo"] == {c: t for t, c in rows}[int(label)]
