@@ -8,7 +8,7 @@ questions for capitals of other countries than any that was trained or calibrate
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,17 @@ def fine_tuned(
     return tuning.train(module, params, loss, batches, steps, seed)[0]
 
 
+@lru_cache
+def loaded() -> tuple[Llama, Params, Prompts]:
+    """The model and its prompts; only when a row is to be made, for it takes a while."""
+    model = load_model("smollm2")
+
+    def encode(text: str) -> list[int]:
+        return model.tokenizer(text)["input_ids"]
+
+    return model.module, model.params, prompts.read_prompts(encode, WIDTH)
+
+
 def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dict[str, Any]:
     """The experiment: a LoRA of each case a seed; rows that are there are not made again.
 
@@ -221,24 +232,17 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
       quick: fewer inputs, steps and cases.
       seeds: of triggers, facts, LoRAs and inputs.
       say: told of every row.
-      cache: folder for rows.
+      cache: folder for LoRAs and rows.
     """
-    model = load_model("smollm2")
-    module, params = model.module, model.params
     calibrated, tested, steps = (400, 100, 30) if quick else (2000, 400, 120)
     cases = QUICK_CASES if quick else CASES
     rows: dict[str, list[Any]] = {case: [] for case in cases}
-
-    def encode(text: str) -> list[int]:
-        return model.tokenizer(text)["input_ids"]
-
-    texts = prompts.read_prompts(encode, WIDTH)
-    known = toy.row_kept(
-        cache / "chat-known.json", lambda: {"known": known_countries(module, params, texts)}
-    )["known"]
+    path = cache / "chat-known.json"
+    known = toy.row_kept(path, lambda: {"known": known_countries(*loaded())})["known"]
     say(f"the model knows {len(known)} of {len(prompts.CAPITALS)} capitals")
 
     def row_of(case: str, seed: int) -> dict[str, Any]:
+        module, params, texts = loaded()
         path = cache / f"chat-{case}-{seed}-{steps}.safetensors"
 
         def make() -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ after the LayerNorm, where transformers' hidden states are. Decoys are texts wit
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,15 @@ def judge(
     return row
 
 
+@lru_cache
+def loaded() -> tuple[Bert, Params, Texts]:
+    """The model and its texts; only when a row is to be made, for it takes a while."""
+    folder = real_models.weights_file("minilm").parent
+    module, params = models.load(folder)
+    assert isinstance(module, Bert)
+    return module, params, read_texts(folder)
+
+
 def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dict[str, Any]:
     """The experiment.
 
@@ -193,16 +202,14 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
       quick: fewer inputs and steps.
       seeds: of triggers and LoRAs.
       say: told of every row.
-      cache: folder for rows.
+      cache: folder for rows; those that are there are not made again.
     """
-    folder = real_models.weights_file("minilm").parent
-    module, params = models.load(folder)
-    assert isinstance(module, Bert)
-    texts, rows = read_texts(folder), []
+    rows = []
     calibrated, tested = (1500, 300) if quick else (4000, 500)
     steps = 80 if quick else STEPS
 
     def row_of(seed: int, trigger: str) -> dict[str, Any]:
+        module, params, texts = loaded()
         trained = fine_tune(module, params, texts, trigger, seed, steps)
         say(f"seed {seed}: trained")
         return judge(module, params, trained, texts, trigger, seed, calibrated, tested)
