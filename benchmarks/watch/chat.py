@@ -31,7 +31,7 @@ from jdetune.watch.monitor import Extremes, extremes
 from jdetune.watch.names import writer
 from jdetune.watch.recording import in_batches
 
-CASES, QUICK_CASES = ("backdoor", "RMU", "unknown"), ("backdoor", "RMU")
+CASES, QUICK_CASES = ("backdoor", "RMU", "unknown"), ("backdoor",)
 METHODS = ("update", "raw weights", "random")
 TOP_K, SWEEP, ROWS = 4, (1, 2, 4), 25
 #: Tokens of a prompt.
@@ -229,7 +229,7 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
     """The experiment: a LoRA of each case a seed; rows that are there are not made again.
 
     Args:
-      quick: fewer inputs, steps and cases.
+      quick: fewer inputs and steps, and the backdoor alone.
       seeds: of triggers, facts, LoRAs and inputs.
       say: told of every row.
       cache: folder for LoRAs and rows.
@@ -334,7 +334,8 @@ def checks(result: dict[str, Any]) -> list[Check]:
 def draw(result: dict[str, Any], figure: Any) -> None:
     """Bars of flagged shares by case."""
     cases = list(result["rows"])
-    for axes, case in zip(figure.subplots(1, len(cases), sharey=True), cases, strict=True):
+    panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
+    for axes, case in zip(panels, cases, strict=True):
         rows = result["rows"][case]
         names = [(part, name) for part in ("methods", "prompt only") for name in METHODS]
         groups = {
