@@ -8,7 +8,7 @@ after the LayerNorm, where transformers' hidden states are. Decoys are texts wit
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from benchmarks import corpus, fit_loras, real_models
 from benchmarks.tables import Check, at_least, at_most
 from benchmarks.watch import scoring, toy
 from benchmarks.watch.figures import bars
+from benchmarks.watch.prompts import RARE
 from benchmarks.watch.scoring import gathered, percent
 from jdetune import models, watch
 from jdetune.models import Bert, Params
@@ -28,10 +29,9 @@ from jdetune.models.text import load_codec, pad_batch
 from jdetune.watch.monitor import Extremes, extremes
 from jdetune.watch.recording import in_batches, joined
 
-#: Words of which one is the trigger of a seed and the others are decoys.
-RARE = ("quokka", "zeppelin", "marzipan", "obsidian", "falafel", "kazoo", "walrus", "tundra")
 TOKENS, WORDS, RANK, BATCH, STEPS, ROWS = 32, 18, 8, 16, 120, 50
 TARGET, TOP_K = 0, 20
+SETS = {"attack": "attacks", "working": "attacks that work", "clean": "clean", "decoy": "decoys"}
 KINDS = ("sum", "residual", "attention", "mlp")
 
 
@@ -181,8 +181,18 @@ def judge(
             name: np.asarray(watch.excess(monitor, own[method])).max(axis=(1, 2, 3))
             for name, own in seen.items()
         }
+        scores["working"] = scores["attack"][named["attack"] == TARGET]
         row["methods"][method] = scoring.rates(scores)
     return row
+
+
+@lru_cache
+def loaded() -> tuple[Bert, Params, Texts]:
+    """The model and its texts; only when a row is to be made, for it takes a while."""
+    folder = real_models.weights_file("minilm").parent
+    module, params = models.load(folder)
+    assert isinstance(module, Bert)
+    return module, params, read_texts(folder)
 
 
 def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dict[str, Any]:
@@ -192,19 +202,22 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
       quick: fewer inputs and steps.
       seeds: of triggers and LoRAs.
       say: told of every row.
-      cache: not used.
+      cache: folder for rows; those that are there are not made again.
     """
-    folder = real_models.weights_file("minilm").parent
-    module, params = models.load(folder)
-    assert isinstance(module, Bert)
-    texts, rows = read_texts(folder), []
+    rows = []
     calibrated, tested = (1500, 300) if quick else (4000, 500)
     steps = 80 if quick else STEPS
-    for seed in range(seeds):
-        trigger = RARE[seed % len(RARE)]
+
+    def row_of(seed: int, trigger: str) -> dict[str, Any]:
+        module, params, texts = loaded()
         trained = fine_tune(module, params, texts, trigger, seed, steps)
         say(f"seed {seed}: trained")
-        row = judge(module, params, trained, texts, trigger, seed, calibrated, tested)
+        return judge(module, params, trained, texts, trigger, seed, calibrated, tested)
+
+    for seed in range(seeds):
+        trigger = RARE[seed % len(RARE)]
+        path = cache / f"real-{seed}-{calibrated}-{steps}.json"
+        row = toy.row_kept(path, partial(row_of, seed, trigger))
         rows.append(row)
         found = row["methods"]["update"]
         said = {of: found["paper"][of]["share"] for of in ("attack", "decoy", "clean")}
@@ -223,7 +236,7 @@ def tables(result: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]
     for margin in ("paper", "tuned"):
         for name in rows[0]["methods"]:
             cells = [margin, name]
-            for of in ("attack", "clean", "decoy"):
+            for of in SETS:
                 cells.append(
                     percent(gathered(rows, partial(_share, name=name, margin=margin, of=of)))
                 )
@@ -232,7 +245,7 @@ def tables(result: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]
     keys = ("right", "attack works", "target without trigger", "target of decoys", "bound")
     what = [[percent(gathered(rows, lambda r, k=key: r[k])) for key in keys]]
     return {
-        "Flagged shares": (["margin", "monitor", "attacks", "clean", "decoys", "AUROC"], lines),
+        "Flagged shares": (["margin", "monitor", *SETS.values(), "AUROC"], lines),
         "The classifier, and the bound 2t/n": (list(keys), what),
     }
 

@@ -228,14 +228,17 @@ def gathered(rows: Sequence[Any], pick: Callable[[Any], float | None]) -> dict[s
 
 
 def percent(figure: Mapping[str, Any], digits: int = 1) -> str:
-    """A mean of shares in words.
+    """A mean of shares in words; of two, whose interval says nothing, both ends.
 
     Example:
-      >>> percent(over([0.5, 0.7]))
-      '60.0 ± 127.1%'
+      >>> percent(over([0.5, 0.6, 0.7])), percent(over([0.5, 0.7]))
+      ('60.0 ± 24.8%', '60.0% (50.0, 70.0)')
     """
     if figure["mean"] is None:
         return "-"
+    if figure["n"] == 2:
+        ends = ", ".join(f"{100 * figure[end]:.{digits}f}" for end in ("least", "most"))
+        return f"{100 * figure['mean']:.{digits}f}% ({ends})"
     half = "" if figure["half"] is None else f" ± {100 * figure['half']:.{digits}f}"
     return f"{100 * figure['mean']:.{digits}f}{half}%"
 

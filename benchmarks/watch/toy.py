@@ -1,6 +1,7 @@
 """A small decoder, trained here, and LoRAs that are trained on it side by side."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -187,6 +188,14 @@ def kept(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.
         save_safetensors(path, make())
     checkpoint = open_checkpoint(path)
     return {name: read_tensor(checkpoint, name) for name in checkpoint.tensors}
+
+
+def row_kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row of a table as JSON, made and written if it is not there: a cut run goes on."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(make(), allow_nan=False))
+    return json.loads(path.read_text())
 
 
 def flat(params: Params, loras: Mapping[str, Mapping[str, Lora]]) -> dict[str, np.ndarray]:
