@@ -58,7 +58,7 @@ LAYERS = [
         "merging",
     },
     {"zoo", "bench"},
-    {"watch"},
+    {"watch", "leak"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

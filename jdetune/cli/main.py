@@ -22,6 +22,7 @@ COMMANDS = {
     "pack": "many merged models in one small store, without loss",
     "unpack": "the models of a store, byte for byte",
     "watch": "what a fine-tune added, a monitor for it, and inputs that reach it",
+    "leak": "what an adapter shows of its training pictures",
     "bench": "the paper's benchmark, LoWRA Bench, on a local copy of its data",
     "demo": "recover a real sentence encoder from five real fine-tunes",
 }

@@ -1,0 +1,1 @@
+"""What LoRA adapters leak: ``python -m benchmarks.leak``."""

@@ -1,0 +1,214 @@
+"""Training the encoder: the paper's Algorithm 2, many fine-tunes side by side.
+
+Public identities are fine-tuned as a victim would; after every step the adapter so far is a
+training sample: the encoder reads it, and is asked for the context under which that very model
+predicts the noise of its own pictures. Nothing of the fine-tunes is stored.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Float
+
+from jdetune.leak.denoiser import Adapter, Size
+from jdetune.leak.diffusion import noise_loss, sample
+from jdetune.leak.encoder import Reader, context_of, init_encoder
+from jdetune.leak.tuning import Private, Progress, Public, Recipe, begin, tune_step
+from jdetune.models.params import Params
+from jdetune.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Lessons:
+    """How the encoder is trained.
+
+    Attributes:
+      rounds: sets of fresh fine-tunes.
+      side_by_side: fine-tunes in a set.
+      pictures: noised pictures of each adapter a step.
+      lr: highest learning rate of AdamW; falls to zero along a cosine.
+      weight_decay: AdamW's.
+    """
+
+    rounds: int = 40
+    side_by_side: int = 32
+    pictures: int = 2
+    lr: float = 3e-3
+    weight_decay: float = 5e-4
+
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """The optimiser, for fine-tunes of so many steps."""
+        rate = optax.cosine_decay_schedule(self.lr, self.rounds * steps)
+        adamw = optax.adamw(rate, weight_decay=self.weight_decay)
+        return optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), adamw))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 3), donate_argnums=(6, 7))
+def _round(
+    lessons: Lessons,
+    reader: Reader,
+    recipe: Recipe,
+    size: Size,
+    params: Params,
+    public: Public,
+    weights: Any,
+    state: Any,
+    private: Private,
+    key: Array,
+) -> tuple[Any, Any, Array]:
+    """One set of fine-tunes, the encoder learning at every step."""
+    keys = jax.random.split(key, len(private.counts))
+    lora, own = jax.vmap(lambda k: begin(recipe, size, jax.random.fold_in(k, 0)))(keys)
+    start, optimizer = lora, lessons.optimizer(recipe.steps)
+    step = partial(tune_step, recipe, size, params, public)
+
+    def loss_of(weights: Any, lora: Adapter, start: Adapter, mine: Private, k: Array, r: Array):
+        ks = jax.random.split(k, 3)
+        context = context_of(reader, size, weights, lora, start, r, ks[0])
+        pick = jax.random.randint(ks[1], (lessons.pictures,), 0, mine.counts)
+        where = jnp.broadcast_to(context, (lessons.pictures, *context.shape))
+        return jnp.mean(noise_loss(size, params, lora, ks[2], mine.pictures[pick], where))
+
+    def body(carry: Any, number: Array) -> tuple[Any, Array]:
+        lora, own, weights, state = carry
+        now = jax.vmap(lambda k: jax.random.fold_in(k, number + 1))(keys)
+        lora, own = jax.vmap(step)(private, lora, own, now)
+        then = jax.vmap(lambda k: jax.random.fold_in(k, 7))(now)
+
+        def mean_loss(w: Any) -> Array:
+            each = jax.vmap(loss_of, in_axes=(None, 0, 0, 0, 0, None))
+            return jnp.mean(each(w, lora, start, private, then, number + 1))
+
+        value, gradient = jax.value_and_grad(mean_loss)(weights)
+        with jax.numpy_dtype_promotion("standard"):
+            change, state = optimizer.update(gradient, state, weights)
+        return (lora, own, optax.apply_updates(weights, change), state), value
+
+    carry, losses = lax.scan(body, (lora, own, weights, state), jnp.arange(recipe.steps))
+    return carry[2], carry[3], losses
+
+
+def learn(
+    lessons: Lessons,
+    reader: Reader,
+    recipe: Recipe,
+    size: Size,
+    params: Params,
+    public: Public,
+    private: Private,
+    key: Array,
+    progress: Progress | None = None,
+) -> tuple[Any, Float[np.ndarray, " round"]]:
+    """An encoder trained on public identities.
+
+    Args:
+      lessons: how.
+      reader: sizes of the encoder.
+      recipe: the victims'.
+      size: of the model.
+      params: its weights.
+      public: for the class prior.
+      private: what could be fine-tuned on; every round draws from it.
+      key: of weights, fine-tunes and noise.
+      progress: called with ("encoder", done, total).
+
+    Returns:
+      Weights of the encoder, and the mean loss of every round.
+    """
+    lora, _ = begin(recipe, size, key)
+    weights = init_encoder(reader, size, jax.random.fold_in(key, 0), lora)
+    state, means = lessons.optimizer(recipe.steps).init(weights), []
+    for number in range(lessons.rounds):
+        now = jax.random.fold_in(key, number + 1)
+        rows = jax.random.choice(now, len(private), (lessons.side_by_side,), replace=False)
+        weights, state, losses = _round(
+            lessons, reader, recipe, size, params, public, weights, state, private[rows], now
+        )
+        means.append(float(jnp.mean(losses)))
+        if progress is not None:
+            progress("encoder", number + 1, lessons.rounds)
+    return weights, np.array(means)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 6))
+def _reconstruct(
+    reader: Reader,
+    size: Size,
+    params: Params,
+    weights: Any,
+    lora: tuple[Adapter, Adapter | None, Adapter],
+    step: Array,
+    samples: int,
+    key: Array,
+) -> Array:
+    def one(seen: Adapter, start: Adapter | None, own: Adapter, k: Array) -> Array:
+        each = jax.random.split(k, samples + 1)
+        make = lambda kk: context_of(reader, size, weights, seen, start, step, kk)  # noqa: E731
+        return sample(size, params, own, each[-1], jax.vmap(make)(each[:-1]))
+
+    tunes = len(next(iter(lora[0].values())).a)
+    return jax.vmap(one)(*lora, jax.random.split(key, tunes))
+
+
+def reconstruct(
+    reader: Reader,
+    size: Size,
+    params: Params,
+    weights: Any,
+    lora: Adapter,
+    step: int,
+    key: Array,
+    start: Adapter | None = None,
+    samples: int = 4,
+    through: Adapter | None = None,
+) -> Float[Array, "tune sample side side"]:
+    """Pictures that the victims' own models draw under the encoder's contexts.
+
+    Args:
+      reader: sizes of the encoder.
+      size: of the model.
+      params: base weights.
+      weights: of the encoder.
+      lora: victims' adapters, with a leading axis.
+      step: fine-tuning steps that they are taken to have had.
+      key: of contexts and noise.
+      start: factors before training; only for an encoder of "factors".
+      samples: pictures of each.
+      through: adapters of the models that draw; those that are read if None.
+    """
+    every = (lora, start, lora if through is None else through)
+    return _reconstruct(reader, size, params, weights, every, jnp.float32(step), samples, key)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def draw(
+    size: Size,
+    params: Params,
+    lora: Adapter,
+    context: Float[Array, "tune *sample context width"],
+    samples: int,
+    key: Array,
+) -> Float[Array, "tune sample side side"]:
+    """Pictures that each victim's model draws under contexts of its own.
+
+    Args:
+      size: of the model; static.
+      params: base weights.
+      lora: adapters, with a leading axis.
+      context: of each, or of each of its pictures.
+      samples: pictures of each; static.
+      key: of the noise.
+    """
+
+    def one(own: Adapter, where: Array, k: Array) -> Array:
+        if where.ndim == 3:
+            return sample(size, params, own, k, where)
+        return sample(size, params, own, k, jnp.broadcast_to(where, (samples, *where.shape)))
+
+    return jax.vmap(one)(lora, context, jax.random.split(key, len(context)))
