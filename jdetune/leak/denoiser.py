@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from jdetune.errors import InputError
 from jdetune.models.layers import LORA, LayerNorm, Linear, Lora, attend, split_heads
 from jdetune.models.params import Params, put
+from jdetune.types import Array as AnyArray
 
 #: Name of the table of word vectors, which the module itself does not hold.
 WORDS = "words.weight"
@@ -144,9 +145,9 @@ def estimate(
     size: Size,
     params: Params,
     lora: Adapter | None,
-    noisy: Float[Array, "b side side"],
-    time: Float[Array, " b"],
-    context: Float[Array, "b context width"],
+    noisy: Float[AnyArray, "b side side"],
+    time: Float[AnyArray, " b"],
+    context: Float[AnyArray, "b context width"],
 ) -> Float[Array, "b side side"]:
     """The model as a pure function; ``jax.vmap`` over ``lora`` runs many fine-tunes.
 
@@ -171,7 +172,7 @@ def estimate(
     return found
 
 
-def vectors(params: Params, words: Int[Array, "*b context"]) -> Float[Array, "*b context width"]:
+def vectors(params: Params, words: Int[AnyArray, "*b context"]) -> Float[Array, "*b context width"]:
     """The context that words make."""
     return jnp.take(params[WORDS], words, axis=0)
 

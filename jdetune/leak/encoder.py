@@ -27,6 +27,7 @@ from jdetune.leak.denoiser import Adapter, Attention, Size, sinusoids, spread
 from jdetune.leak.updates import products
 from jdetune.linalg import contract
 from jdetune.models.layers import LayerNorm, Linear
+from jdetune.types import Array as AnyArray
 
 #: Convolutions of each matrix.
 CONVOLUTIONS = 8
@@ -169,7 +170,7 @@ def context_of(
     weights: Any,
     lora: Adapter,
     start: Adapter | None,
-    step: Array,
+    step: AnyArray,
     key: Array,
 ) -> Float[Array, "context width"]:
     """The context for one adapter's model.

@@ -165,7 +165,8 @@ def tune_step(
     factors: Any = lora
     with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
         change, state = recipe.optimizer(keys[4]).update(gradient, state, factors)
-    return optax.apply_updates(factors, change), state
+    moved: Any = optax.apply_updates(factors, change)
+    return moved, state
 
 
 @partial(jax.jit, static_argnums=1)

@@ -1,6 +1,7 @@
 """Fine-tunes side by side, and DP-SGD's step."""
 
 import dataclasses
+from typing import Any
 from functools import partial
 
 import jax
@@ -68,6 +69,7 @@ def test_dp_sgd_limits_what_one_picture_does_and_adds_the_noise_that_it_says():
     recipe = dataclasses.replace(RECIPE, noise=0.0, clip=0.01)
     own = jax.tree.map(lambda x: x[0], private(1, places=1))
     lora, state = tuning.begin(recipe, SIZE, jax.random.key(1))
+    factors: Any = dict(lora)
 
     def aggregate(recipe, state):
         _, after = tuning.tune_step(
@@ -79,7 +81,7 @@ def test_dp_sgd_limits_what_one_picture_does_and_adds_the_noise_that_it_says():
     clipped = aggregate(recipe, state)
     assert np.linalg.norm(clipped) == pytest.approx(0.01, rel=1e-3)
     loud = dataclasses.replace(recipe, noise=50.0)
-    spread = (aggregate(loud, loud.optimizer(jax.random.key(3)).init(dict(lora))) - clipped).std()
+    spread = (aggregate(loud, loud.optimizer(jax.random.key(3)).init(factors)) - clipped).std()
     assert spread == pytest.approx(50 * 0.01, rel=0.2)  # of a few dozen numbers
 
 
