@@ -59,6 +59,7 @@ LAYERS = [
     },
     {"zoo", "bench"},
     {"watch"},
+    {"defend"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
