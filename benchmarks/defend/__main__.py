@@ -1,11 +1,12 @@
 """What protects a release from recovery: every defence, its cost, recovery before and after.
 
-    python -m benchmarks.defend --quick          # two blocks, n = 3 and 5
+    python -m benchmarks.defend --quick          # one block, n = 3 and 5
     python -m benchmarks.defend --docs           # the whole model, n = 3, 4, 5, 8; docs/defend.md
     python -m benchmarks.defend --again --docs   # tables and figure of a former run
 
-prints tables, writes OUT/defend.json and OUT/defend.png, and with ``--docs`` the tables between the
-markers of docs/defend.md and its figure. Ends with exit code 1 if a check fails: a base of status
+prints tables, writes OUT/defend.json (after every case: a run that was stopped goes on) and
+OUT/defend.png, and with ``--docs`` the tables between the markers of docs/defend.md and its figure.
+Ends with exit code 1 if a check fails: a base of status
 OK that is worse than predicted, or coordinates whose change moved the model's outputs.
 """
 
@@ -14,7 +15,9 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jdetune.cli.main import prepare_environment
 
@@ -31,33 +34,28 @@ from benchmarks.watch import figures  # noqa: E402
 ROOT = Path(__file__).parent.parent.parent
 MAIN = 5
 _SET = flags.DEFINE_enum("set", "minilm-same", ["minilm-same", "minilm-distinct"], "Adapters.")
-_QUICK = flags.DEFINE_boolean("quick", False, "Blocks 0 and 3 only, n = 3 and 5.")
+_QUICK = flags.DEFINE_boolean("quick", False, "Block 3 only, n = 3 and 5.")
 _OUT = flags.DEFINE_string("out", "defend-out", "Folder for defend.json and defend.png.")
 _DOCS = flags.DEFINE_boolean("docs", False, "Write the tables and the figure of docs/defend.md.")
 _AGAIN = flags.DEFINE_boolean("again", False, "Tables and figure of a former run.")
-_ONLY = flags.DEFINE_string("only", None, "Cases whose names contain this, and none.")
 
 
-def measure(quick: bool, set_name: str, only: str | None, say) -> dict:
-    """All rows.
+def measure(
+    quick: bool, set_name: str, say: Callable[[str], None], known: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """All rows, case by case.
 
     Args:
       quick: fewer matrices and models.
       set_name: the adapters.
-      only: part of the names of the cases to run; all if None.
       say: told of every case.
+      known: what a run that was stopped had; its cases are not run again.
+
+    Yields:
+      The result so far.
     """
-    counts = (3, MAIN) if quick else (3, 4, MAIN, 8)
-    of = cases.family(set_name, max(counts), (0, 3) if quick else None)
-    probe = attacks.Probe(of, real_models.weights_file("minilm").parent)
-    rows, costs = [], {}
-    for case in cases.cases():
-        if only is not None and only not in case.name and case.name != "none":
-            continue
-        release = case.defend(of)
-        costs[case.name] = attacks.cost(of, release, probe, 3)
-        rows += attacks.attack(of, release, case, counts, MAIN, probe)
-        say(f"{case.name}: {page.words(rows[-1]['after'])}")
+    counts = [3, MAIN] if quick else [3, 4, MAIN, 8]
+    of = cases.family(set_name, max(counts), (3,) if quick else None)
     settings = {
         "set": set_name,
         "matrices": len(of.targets),
@@ -68,7 +66,20 @@ def measure(quick: bool, set_name: str, only: str | None, say) -> dict:
         "paper's solver": f"n = {MAIN}, {attacks.STEPS} steps, core space, rank given",
         "texts": attacks.TEXTS,
     }
-    return {"settings": settings, "rows": rows, "costs": costs}
+    result = {"settings": settings, "rows": [], "costs": {}, "seconds": 0}
+    if known.get("settings") == settings:
+        result = known
+    probe, begin = None, time.perf_counter() - result["seconds"]
+    for case in cases.cases():
+        if case.name in result["costs"]:
+            continue
+        probe = probe or attacks.Probe(of, real_models.weights_file("minilm").parent)
+        release = case.defend(of)
+        result["rows"] += attacks.attack(of, release, case, counts, MAIN, probe)
+        result["costs"][case.name] = attacks.cost(release, probe)
+        result["seconds"] = round(time.perf_counter() - begin)
+        say(f"{case.name}: {page.words(result['rows'][-1]['after'])}")
+        yield result
 
 
 def main(argv: list[str]) -> int:
@@ -78,18 +89,17 @@ def main(argv: list[str]) -> int:
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "defend.json"
-    if _AGAIN.value:
-        result = json.loads(path.read_text())
-    else:
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if not _AGAIN.value:
         begin = time.perf_counter()
 
         def say(text: str) -> None:
             print(f"{time.perf_counter() - begin:6.0f} s  {text}", file=sys.stderr, flush=True)
 
-        result = measure(_QUICK.value, _SET.value, _ONLY.value, say)
-        result["seconds"] = round(time.perf_counter() - begin)
-        result["machine"] = f"{jax.default_backend()}, {os.cpu_count()} cores"
-        path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        machine = f"{jax.default_backend()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        for so_far in measure(_QUICK.value, _SET.value, say, result):
+            result = so_far | {"machine": machine}
+            path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     figures.write(page.draw, result, path.with_suffix(".png"))
     text = page.text(result, MAIN)
     print(text)

@@ -14,7 +14,9 @@ from jdetune import defend, explain, metrics, models
 from jdetune.models.text import embed, load_codec, pad_batch
 
 #: Texts whose embeddings are compared, and tokens of each at most.
-TEXTS, TOKENS = 64, 64
+TEXTS, TOKENS = 32, 64
+#: Models whose embeddings are compared with those of their releases.
+RELEASES = 2
 #: Steps of the paper's solver; the number of its authors for this kind of model.
 STEPS = 300
 #: What a base of status OK may be worse than predicted, in decades, before it counts as wrong.
@@ -100,6 +102,8 @@ class Probe:
         codec = load_codec(folder, TOKENS)
         texts = [doc.text for doc in corpus.docs("numpy")[:TEXTS]]
         self.of, self.batch = of, pad_batch([list(codec.encode(text)) for text in texts])
+        self.base = self(of.base)
+        self.plain = [self(model) for model in of.models[:RELEASES]]
 
     def __call__(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
         """[text, width], float64, of a model's weights."""
@@ -128,7 +132,6 @@ def attack(
     """
     wanted, rows = truth(of, release), []
     countered = Countered(of, release, case)
-    true_vectors = probe(of.base)
     for count in counts:
         plain, bases = recovered(stacks(release.models[:count], of.targets), wanted, {})
         merged, rest = countered.stacks(of.targets, count)
@@ -138,7 +141,7 @@ def attack(
         mean, means = mean_of_models(stacks(countered.models[:count], of.targets), wanted)
         got = release.models[0] | means | bases
         row = {"case": case.name, "n": count, "released": plain, "after": after, "mean": mean}
-        row["base_apart"] = apart(probe(got), true_vectors)
+        row["base_apart"] = apart(probe(got), probe.base)
         if count == main:
             own = {name: merged[name].astype(np.float32) for name in of.real}
             paper = jdetune.SpectralDeTuning(rank=of.rank, steps=STEPS, space="core")
@@ -147,19 +150,16 @@ def attack(
     return rows
 
 
-def cost(of: Family, release: Release, probe: Probe, count: int) -> dict[str, float]:
+def cost(release: Release, probe: Probe) -> dict[str, float]:
     """What the defence changes in embeddings, beside what the fine-tunes changed.
 
     Args:
-      of: the family.
       release: the defended models.
-      probe: embeddings.
-      count: models that the mean is over.
+      probe: embeddings, also those of the undefended models.
     """
-    base, pairs = probe(of.base), list(zip(of.models, release.models, strict=True))[:count]
-    vectors = [(probe(plain), probe(defended)) for plain, defended in pairs]
-    own = float(np.mean([apart(plain, base) for plain, _ in vectors]))
-    moved = float(np.mean([apart(plain, defended) for plain, defended in vectors]))
+    own = float(np.mean([apart(plain, probe.base) for plain in probe.plain]))
+    pairs = zip(probe.plain, release.models, strict=False)
+    moved = float(np.mean([apart(plain, probe(model)) for plain, model in pairs]))
     return {"moved": moved, "fine_tune": own, "share": moved / own}
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from benchmarks.tables import Check, at_most, table
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-#: The rank-given solver of the paper stands for nothing where this many decades are missing.
 #: A base counts as recovered from this many decades below the mean of the models.
 DECADES = 2.0
 #: Rounding to float32 in another basis, through six blocks.
