@@ -131,9 +131,11 @@ def _first(
     """
     if place.kind == "order":
         return Change(place, order=match(place, reference, model))
-    own = [axis.name for axis in place.axes if np.ndim(model[axis.name]) == 1]
-    told = sum(np.abs(model[name]) for name in own)  # coordinates that no vector tells are zero
-    names = own if place.kind == "scale" and own and np.all(told) else None
+    names = None
+    if place.kind == "scale":
+        own = [axis.name for axis in place.axes if np.ndim(model[axis.name]) == 1]
+        told = sum(np.abs(model[name]) for name in own)
+        names = own if own and np.all(told) else None  # no vector tells a coordinate that is zero
     return Change(place, blocks=fit_blocks(place, reference, model, names).blocks)
 
 

@@ -25,7 +25,7 @@ from jdetune.defend.places import Place, gather
 
 #: Steps at most, and the relative change of T at which they end: float32's own is 6e-8.
 ROUNDS = 60
-TOLERANCE = 5e-10
+TOLERANCE = 2e-9
 #: Steps that the next one is extrapolated from; without, three times as many are needed.
 _PAST = 3
 #: Residuals below this share of the tensor are float64's own.

@@ -13,6 +13,9 @@ from jaxtyping import Float
 
 #: Singular values above this many times the rounding's largest are directions.
 _CLEAR = 2.0
+#: Mean squared cosine with the differences' column spaces from which a direction is in all of them.
+#: A direction of one update is in 2/n of them, and in the others as far as chance brings it.
+_COMMON = 0.99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +57,7 @@ def without_common(stack: Float[np.ndarray, "model row col"]) -> Across:
         u = u[:, values > _CLEAR * _edge(stack[i], stack[j])]
         shared += np.matmul(u, u.T) / len(pairs)
     found, vectors = np.linalg.eigh(shared)
-    # a direction of one update only is in the share 2/n of all differences; half way to all of them
-    directions = vectors[:, found > 0.5 + 1 / n_models]
+    directions = vectors[:, found > _COMMON]
     along = np.matmul(directions, np.matmul(directions.T, wide))
     return Across((wide - along).astype(stack.dtype), directions, np.mean(along, axis=0))
 

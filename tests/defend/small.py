@@ -8,9 +8,9 @@ from jdetune import models
 from jdetune.models.params import layout
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 48,
+    "hidden_size": 96,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "num_attention_heads": 8,
     "intermediate_size": 64,
 }
 BERT = models.Bert(models.BertConfig(vocab_size=40, max_position_embeddings=16, **SIZES))
@@ -19,7 +19,7 @@ VIT = models.ViT(models.ViTConfig(**IMAGE))
 DINOV2 = models.ViT(models.ViTConfig(layer_scale=True, **IMAGE))
 LLAMA = models.Llama(
     models.LlamaConfig(
-        vocab_size=40, num_key_value_heads=2, head_dim=12, attention_bias=True, **SIZES
+        vocab_size=40, num_key_value_heads=4, head_dim=12, attention_bias=True, **SIZES
     )
 )
 MODULES = {"bert": BERT, "vit": VIT, "dinov2": DINOV2, "llama": LLAMA}
