@@ -3,14 +3,11 @@
 import numpy as np
 import pytest
 
-import jdetune
-from jdetune import defend, metrics
+from jdetune import defend
 from tests.defend import small
 
-VALUE = "encoder.layer.0.attention.self.value.weight"
 
-
-def released(module, spread=1.0, count=3):
+def released(module, spread=1.0, count=2):
     """Fine-tunes, each in its own coordinates, and the same in those of the first."""
     tunes = small.fine_tunes(module, small.weights(module), count)
     pairs = [
@@ -37,13 +34,12 @@ def test_planted_orders_are_found():
     ("name", "spread"), [("bert", 1.0), ("bert", 3.0), ("llama", 2.0), ("dinov2", 2.0)]
 )
 def test_models_come_back_into_the_first_ones_coordinates(name, spread):
-    releases, wanted, _ = released(small.MODULES[name], spread, count=2)
+    releases, wanted, _ = released(small.MODULES[name], spread)
     found = defend.align(small.MODULES[name], releases).models
     for key, array in wanted[1].items():
-        before = np.abs(releases[1][key] - array).max()
         size = np.abs(array).max()
-        # a few roundings to float32, the largest elements' own is 6e-8
-        assert np.abs(found[1][key] - array).max() < 1e-6 * size, (key, before)
+        # a few roundings to float32: the largest elements' own is up to 6e-8
+        assert np.abs(found[1][key] - array).max() < 2e-7 * size, key
         np.testing.assert_array_equal(found[0][key], releases[0][key])
 
 
@@ -61,22 +57,7 @@ def test_plain_least_squares_would_not_do():
         return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
     assert error(0) > 1e-3
-    assert error(60) < 3e-7
-
-
-def test_recovery_is_refused_before_and_succeeds_after():
-    base = small.weights(small.BERT)
-    releases, _, pairs = released(small.BERT)
-    before = jdetune.recover(np.stack([release[VALUE] for release in releases]))
-    assert int(before.status) != jdetune.Status.OK
-    assert np.isnan(before.base).all()
-    aligned = defend.align(small.BERT, releases).models
-    after = jdetune.recover(np.stack([model[VALUE] for model in aligned]))
-    truth = defend.moved(base, pairs[0][1])[VALUE]
-    assert int(after.status) == jdetune.Status.OK
-    assert after.ranks.tolist() == [2, 2, 2]
-    # rms error of a few roundings of elements of size 0.25, which are 7e-9 each
-    assert metrics.log_mse(np.asarray(after.base), truth) < 2 * np.log10(4e-8)
+    assert error(60) < 1e-7
 
 
 def test_units_that_are_nearly_alike_still_get_one_each():
