@@ -1,6 +1,6 @@
 """What protects a release from recovery: every defence, its cost, recovery before and after.
 
-    python -m benchmarks.defend --quick          # one block, n = 3 and 5
+    python -m benchmarks.defend --quick          # one block, n = 3
     python -m benchmarks.defend --docs           # the whole model, n = 3, 4, 5, 8; docs/defend.md
     python -m benchmarks.defend --again --docs   # tables and figure of a former run
 
@@ -32,9 +32,8 @@ from benchmarks.defend import attacks, cases, page  # noqa: E402
 from benchmarks.watch import figures  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
-MAIN = 5
 _SET = flags.DEFINE_enum("set", "minilm-same", ["minilm-same", "minilm-distinct"], "Adapters.")
-_QUICK = flags.DEFINE_boolean("quick", False, "Block 3 only, n = 3 and 5.")
+_QUICK = flags.DEFINE_boolean("quick", False, "One block, n = 3, without the paper's solver.")
 _OUT = flags.DEFINE_string("out", "defend-out", "Folder for defend.json and defend.png.")
 _DOCS = flags.DEFINE_boolean("docs", False, "Write the tables and the figure of docs/defend.md.")
 _AGAIN = flags.DEFINE_boolean("again", False, "Tables and figure of a former run.")
@@ -54,8 +53,8 @@ def measure(
     Yields:
       The result so far.
     """
-    counts = [3, MAIN] if quick else [3, 4, MAIN, 8]
-    of = cases.family(set_name, max(counts), (3,) if quick else None)
+    counts, paper = ([3], None) if quick else ([3, 4, 5, 8], 5)
+    of = cases.family(set_name, max(counts), quick)
     settings = {
         "set": set_name,
         "matrices": len(of.targets),
@@ -63,7 +62,7 @@ def measure(
         "rank of the adapters": of.rank,
         "rank of random updates in MLPs": cases.MLP_RANK,
         "n": counts,
-        "paper's solver": f"n = {MAIN}, {attacks.STEPS} steps, core space, rank given",
+        "paper's solver": f"n = {paper}, {attacks.STEPS} steps, core space" if paper else "not run",
         "texts": attacks.TEXTS,
     }
     result = {"settings": settings, "rows": [], "costs": {}, "seconds": 0}
@@ -75,7 +74,7 @@ def measure(
             continue
         probe = probe or attacks.Probe(of, real_models.weights_file("minilm").parent)
         release = case.defend(of)
-        result["rows"] += attacks.attack(of, release, case, counts, MAIN, probe)
+        result["rows"] += attacks.attack(of, release, case, counts, paper, probe)
         result["costs"][case.name] = attacks.cost(release, probe)
         result["seconds"] = round(time.perf_counter() - begin)
         say(f"{case.name}: {page.words(result['rows'][-1]['after'])}")
@@ -101,7 +100,7 @@ def main(argv: list[str]) -> int:
             result = so_far | {"machine": machine}
             path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     figures.write(page.draw, result, path.with_suffix(".png"))
-    text = page.text(result, MAIN)
+    text = page.text(result)
     print(text)
     if _DOCS.value:
         page.put(text, ROOT / "docs" / "defend.md")

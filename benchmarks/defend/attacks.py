@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 import jdetune
-from benchmarks import corpus
 from benchmarks.defend.cases import Case, Family, Release, Tensors, stacks, truth
 from jdetune import defend, explain, metrics, models
 from jdetune.models.text import embed, load_codec, pad_batch
@@ -99,6 +98,8 @@ class Probe:
 
     def __init__(self, of: Family, folder: Any) -> None:
         """Reads the texts: docstrings of NumPy."""
+        from benchmarks import corpus  # imports torch
+
         codec = load_codec(folder, TOKENS)
         texts = [doc.text for doc in corpus.docs("numpy")[:TEXTS]]
         self.of, self.batch = of, pad_batch([list(codec.encode(text)) for text in texts])
@@ -118,7 +119,7 @@ def apart(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def attack(
-    of: Family, release: Release, case: Case, counts: Sequence[int], main: int, probe: Probe
+    of: Family, release: Release, case: Case, counts: Sequence[int], paper: int | None, probe: Probe
 ) -> list[dict[str, Any]]:
     """A row for each number of models.
 
@@ -127,7 +128,7 @@ def attack(
       release: what the attacker has.
       case: the defence that made it.
       counts: numbers of models.
-      main: the one at which the paper's solver runs too.
+      paper: the one at which the paper's solver runs too; it does not if None.
       probe: embeddings.
     """
     wanted, rows = truth(of, release), []
@@ -142,10 +143,10 @@ def attack(
         got = release.models[0] | means | bases
         row = {"case": case.name, "n": count, "released": plain, "after": after, "mean": mean}
         row["base_apart"] = apart(probe(got), probe.base)
-        if count == main:
+        if count == paper:
             own = {name: merged[name].astype(np.float32) for name in of.real}
-            paper = jdetune.SpectralDeTuning(rank=of.rank, steps=STEPS, space="core")
-            row["paper"], _ = recovered(own, wanted, rest, paper)
+            solver = jdetune.SpectralDeTuning(rank=of.rank, steps=STEPS, space="core")
+            row["paper"], _ = recovered(own, wanted, rest, solver)
         rows.append(row)
     return rows
 

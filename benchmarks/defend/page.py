@@ -33,12 +33,12 @@ def recovered(row: Mapping[str, Any]) -> bool:
     return whole and found["w_error"] < row["mean"] - DECADES
 
 
-def text(result: Mapping[str, Any], main: int) -> str:
+def text(result: Mapping[str, Any]) -> str:
     """Everything that is printed, as Markdown."""
     by_case: dict[str, dict[int, dict[str, Any]]] = {}
     for row in result["rows"]:
         by_case.setdefault(row["case"], {})[row["n"]] = row
-    counts = result["settings"]["n"]
+    counts, main = result["settings"]["n"], _main(result)
     first, second, third = [], [], []
     for name, rows in by_case.items():
         row, cost = rows[main], result["costs"][name]
@@ -54,7 +54,7 @@ def text(result: Mapping[str, Any], main: int) -> str:
             ]
         )
         second.append(
-            [name, _paper(row["paper"]), f"{row['mean']:.2f}", f"{row['base_apart']:.1e}"]
+            [name, _paper(row.get("paper")), f"{row['mean']:.2f}", f"{row['base_apart']:.1e}"]
         )
         third.append([name, *(_short(rows[n]["after"]) for n in counts)])
     parts = [
@@ -105,8 +105,7 @@ def checks(result: Mapping[str, Any]) -> list[Check]:
 def draw(result: Mapping[str, Any], figure: Any) -> None:
     """W-errors of every defence, as released and after the counter-attack."""
     axes, names = figure.subplots(), list(result["costs"])
-    top = max(row["n"] for row in result["rows"])
-    main = 5 if any(row["n"] == 5 for row in result["rows"]) else top
+    main = _main(result)
     rows = {row["case"]: row for row in result["rows"] if row["n"] == main}
     y = range(len(names))
     axes.plot([rows[n]["mean"] for n in names], y, "|", color="#5b5b5b", ms=14, label="mean")
@@ -138,5 +137,11 @@ def _short(found: Mapping[str, Any]) -> str:
     return f"{found['w_error']:.2f}{part}"
 
 
-def _paper(found: Mapping[str, Any]) -> str:
-    return "-" if found["w_error"] is None else f"{found['w_error']:.2f}"
+def _paper(found: Mapping[str, Any] | None) -> str:
+    return "-" if found is None or found["w_error"] is None else f"{found['w_error']:.2f}"
+
+
+def _main(result: Mapping[str, Any]) -> int:
+    """The number of models that the first table is about."""
+    counts = result["settings"]["n"]
+    return 5 if 5 in counts else max(counts)
