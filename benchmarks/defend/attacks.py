@@ -30,7 +30,12 @@ class Countered:
         self.models = release.models
         self.across = "across" in case.counters
         if "align" in case.counters:
-            self.models = defend.align(of.module, release.models).models
+            touched = [
+                place
+                for place in defend.places(of.module)
+                if any(axis.name in of.targets for axis in place.axes)
+            ]
+            self.models = defend.align(of.module, release.models, touched).models
 
     def stacks(self, names: Sequence[str], count: int) -> tuple[Tensors, Tensors]:
         """What is recovered from, and what is added to each base afterwards."""

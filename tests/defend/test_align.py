@@ -74,3 +74,11 @@ def test_units_that_are_nearly_alike_still_get_one_each():
     assert order is not None
     assert sorted(found) == list(range(place.heads))
     np.testing.assert_array_equal(order[found][2:], np.arange(2, place.heads))
+
+
+def test_what_was_not_changed_is_left_bit_by_bit():
+    tunes = small.fine_tunes(small.LLAMA, small.weights(small.LLAMA), 2)
+    found = defend.align(small.LLAMA, tunes)
+    assert found.changes[1] == ()
+    for name, array in tunes[1].items():
+        np.testing.assert_array_equal(found.models[1][name], array)
