@@ -15,6 +15,7 @@ from benchmarks import families, real_models
 from jdetune import defend, models
 from jdetune.defend.coordinates import Change
 from jdetune.defend.places import Kind
+from jdetune.defend.release import Grid
 
 MLP_RANK = 16
 #: The block of the quick form.
@@ -175,7 +176,7 @@ def _common(of: Family, share: float) -> Release:
 
 
 def _rounded(
-    of: Family | Release, targets: Sequence[str] | None = None, grid: defend.release.Grid = "int8"
+    of: Family | Release, targets: Sequence[str] | None = None, grid: Grid = "int8"
 ) -> Release:
     """Targets of every model rounded to fewer bits."""
     names = of.targets if isinstance(of, Family) else targets or ()

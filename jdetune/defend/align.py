@@ -63,7 +63,8 @@ def align(
     """
     free = tuple(places(module) if where is None else where)
     reference = {name: np.asarray(tensor) for name, tensor in models[0].items()}
-    found, applied = [reference], [()]
+    found = [reference]
+    applied: list[tuple[Change, ...]] = [()]
     for model in models[1:]:
         changes = _changes(free, reference, model)
         found.append(moved(model, changes))

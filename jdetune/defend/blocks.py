@@ -74,7 +74,11 @@ def fit_blocks(
       The change that brings the model's tensors into the reference's coordinates.
     """
     views = [
-        _View(*(gather(place, axis, some[axis.name]) for some in (reference, model)), axis.dual)
+        _View(
+            gather(place, axis, reference[axis.name]),
+            gather(place, axis, model[axis.name]),
+            axis.dual,
+        )
         for axis in place.axes
         if names is None or axis.name in names
     ]
@@ -105,8 +109,11 @@ def _balance(views: Sequence[_View], index: int) -> np.ndarray:
         gram = np.sum(np.matmul(part, np.swapaxes(part, 2, 3)), axis=1)
         sides[view.dual] = sides[view.dual] + gram
     direct, dual = (_power(side, 1.0) if side.ndim == 3 else None for side in sides)
-    if direct is None or dual is None:
-        return _power(dual, 0.5) if direct is None else _power(direct, -0.5)
+    if dual is None:
+        assert direct is not None
+        return _power(direct, -0.5)
+    if direct is None:
+        return _power(dual, 0.5)
     root, back = _power(direct, 0.5), _power(direct, -0.5)
     middle = _power(np.matmul(root, np.matmul(dual, root)), 0.5)
     return _power(np.matmul(back, np.matmul(middle, back)), 0.5)

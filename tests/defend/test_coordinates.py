@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from jdetune import defend, models
+from jdetune.defend.places import Kind
 from jdetune.errors import InputError
 from tests.defend import small
 
 #: Rounding to float32 of weights in another basis, and of two runs through two blocks.
 ROUNDING = 1e-5
 #: What every architecture has.
-KINDS = {
+KINDS: dict[str, dict[Kind, int]] = {
     "bert": {"order": 2, "mix": 4},
     "vit": {"order": 2, "mix": 4, "scale": 4},
     "dinov2": {"order": 2, "mix": 4, "scale": 8},
