@@ -58,7 +58,7 @@ LAYERS = [
         "merging",
     },
     {"zoo", "bench"},
-    {"watch", "leak"},
+    {"watch", "leak", "defend"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

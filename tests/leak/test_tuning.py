@@ -1,8 +1,8 @@
 """Fine-tunes side by side, and DP-SGD's step."""
 
 import dataclasses
-from typing import Any
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp

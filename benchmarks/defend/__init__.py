@@ -1,0 +1,1 @@
+"""What protects a release from recovery, measured on a real model."""

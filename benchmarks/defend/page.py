@@ -1,0 +1,147 @@
+"""Tables, figure and checks of the defences."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tables import Check, at_most, table
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+#: A base counts as recovered from this many decades below the mean of the models.
+DECADES = 2.0
+#: Rounding to float32 in another basis, through six blocks.
+UNCHANGED = 1e-9
+
+
+def words(found: Mapping[str, Any]) -> str:
+    """Status, W-error and exact share of one recovery."""
+    status = ", ".join(
+        name if len(found["status"]) == 1 else f"{count} {name}"
+        for name, count in found["status"].items()
+    )
+    if found["w_error"] is None:
+        return status
+    part = "" if found["with_base"] == found["matrices"] else f" ({found['with_base']} bases)"
+    return f"{status}: {found['w_error']:.2f}, exact {found['exact']:.3f}{part}"
+
+
+def recovered(row: Mapping[str, Any]) -> bool:
+    """Whether every matrix has a base, far nearer to the truth than the mean of the models."""
+    found = row["after"]
+    whole = found["with_base"] == found["matrices"] and found["w_error"] is not None
+    return whole and found["w_error"] < row["mean"] - DECADES
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """Everything that is printed, as Markdown."""
+    by_case: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        by_case.setdefault(row["case"], {})[row["n"]] = row
+    counts, main = result["settings"]["n"], _main(result)
+    first, second, third = [], [], []
+    for name, rows in by_case.items():
+        row, cost = rows[main], result["costs"][name]
+        same = row["released"] == row["after"]
+        enough = [n for n in counts if recovered(rows[n])]
+        first.append(
+            [
+                name,
+                f"{cost['moved']:.1e} ({100 * cost['share']:.2g}%)",
+                words(row["released"]),
+                "nothing to undo" if same else words(row["after"]),
+                str(enough[0]) if enough else "none measured",
+            ]
+        )
+        second.append(
+            [name, _paper(row.get("paper")), f"{row['mean']:.2f}", f"{row['base_apart']:.1e}"]
+        )
+        third.append([name, *(_short(rows[n]["after"]) for n in counts)])
+    parts = [
+        f"Settings: {json.dumps(result['settings'])}. {result['seconds']} s on"
+        f" {result['machine']}.",
+        f"With {main} models:",
+        table(
+            ["defence", "cost: 1 - cosine (of the fine-tune's own)", "recovery as released",
+             "after the counter-attack", "LoRAs needed"], first,
+        ),
+        f"What else the attacker has, with {main} models after the counter-attack:",
+        table(
+            ["defence", "paper's solver, rank given", "mean of the models",
+             "1 - cosine of the attacker's base to the true one"], second,
+        ),
+        "W-error after the counter-attack by number of models; a refusal has none:",
+        table(["defence", *(f"n = {n}" for n in counts)], third),
+    ]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def put(new: str, path: Path) -> None:
+    """Replaces what stands between the markers of a page."""
+    before, _, rest = path.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}")
+
+
+def checks(result: Mapping[str, Any]) -> list[Check]:
+    """What must hold whatever the defence is."""
+    rows = result["rows"]
+    wrong = sum(row[part]["wrong_under_ok"] for row in rows for part in ("released", "after"))
+    free = [
+        cost["moved"]
+        for name, cost in result["costs"].items()
+        if ("units" in name) and "bfloat16" not in name and "common" not in name
+    ]
+    return [
+        at_most("bases of status OK that are worse than predicted by a decade", wrong, 0, 0),
+        *(
+            [at_most("1 - cosine that a change of coordinates cost", max(free), UNCHANGED, 12)]
+            if free
+            else []
+        ),
+    ]
+
+
+def draw(result: Mapping[str, Any], figure: Any) -> None:
+    """W-errors of every defence, as released and after the counter-attack."""
+    axes, names = figure.subplots(), list(result["costs"])
+    main = _main(result)
+    rows = {row["case"]: row for row in result["rows"] if row["n"] == main}
+    y = range(len(names))
+    axes.plot([rows[n]["mean"] for n in names], y, "|", color="#5b5b5b", ms=14, label="mean")
+    for part, mark, colour, label in (
+        ("released", "o", "#0072b2", "recovered as released"),
+        ("after", "D", "#c25100", "after the counter-attack"),
+    ):
+        known = [(rows[n][part]["w_error"], i) for i, n in enumerate(names)]
+        at = [(x, i) for x, i in known if x is not None]
+        axes.plot([x for x, _ in at], [i for _, i in at], mark, color=colour, label=label,
+                  fillstyle="none" if part == "released" else "full", ms=8)  # fmt: skip
+    for i, name in enumerate(names):
+        if rows[name]["after"]["w_error"] is None:
+            status = next(iter(rows[name]["after"]["status"]))
+            axes.text(rows[name]["mean"] - 0.3, i, f"refused: {status}", va="center", ha="right",
+                      fontsize=8)  # fmt: skip
+    axes.set_yticks(list(y), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"W-error (log10 of the mean squared error), {main} models")
+    axes.grid(axis="x", alpha=0.25)
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def _short(found: Mapping[str, Any]) -> str:
+    if found["w_error"] is None:
+        return next(iter(found["status"]))
+    whole = found["with_base"] == found["matrices"]
+    part = "" if whole else f" ({found['with_base']} of {found['matrices']})"
+    return f"{found['w_error']:.2f}{part}"
+
+
+def _paper(found: Mapping[str, Any] | None) -> str:
+    return "-" if found is None or found["w_error"] is None else f"{found['w_error']:.2f}"
+
+
+def _main(result: Mapping[str, Any]) -> int:
+    """The number of models that the first table is about."""
+    counts = result["settings"]["n"]
+    return 5 if 5 in counts else max(counts)

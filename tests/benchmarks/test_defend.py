@@ -1,0 +1,75 @@
+"""The tables of the defences say what was measured."""
+
+import numpy as np
+
+from benchmarks.defend import attacks, page
+
+REFUSED = {
+    "status": {"NOT_LOW_RANK": 4, "OK": 1},
+    "w_error": None,
+    "exact": None,
+    "matrices": 5,
+    "with_base": 0,
+    "wrong_under_ok": 0,
+}
+GOOD = {
+    "status": {"OK": 5},
+    "w_error": -18.0,
+    "exact": 0.5,
+    "matrices": 5,
+    "with_base": 5,
+    "wrong_under_ok": 0,
+}
+
+
+def row(case, n, after, **known):
+    return {
+        **{"case": case, "n": n, "released": REFUSED, "after": after},
+        **{"mean": -6.0, "base_apart": 1e-9, **known},
+    }
+
+
+def result():
+    rows = [row("heads", 3, REFUSED), row("heads", 5, GOOD), row("noise", 3, REFUSED)]
+    cost = {"moved": 1e-13, "fine_tune": 1e-2, "share": 1e-11}
+    return {
+        "settings": {"n": [3, 5]},
+        "rows": [*rows, row("noise", 5, REFUSED)],
+        "costs": {"heads": cost, "noise": cost},
+        "seconds": 1,
+        "machine": "cpu",
+    }
+
+
+def test_a_base_counts_as_recovered_where_all_matrices_are_far_below_the_mean():
+    assert page.recovered(row("x", 3, GOOD))
+    assert not page.recovered(row("x", 3, REFUSED))
+    assert not page.recovered(row("x", 3, {**GOOD, "with_base": 4}))
+    assert not page.recovered(row("x", 3, {**GOOD, "w_error": -7.0}))
+
+
+def test_tables_name_the_fewest_models_and_every_refusal():
+    lines = page.text(result()).splitlines()
+    heads, noise = (next(t for t in lines if t.startswith(f"| {n} |")) for n in ("heads", "noise"))
+    assert heads.endswith("| OK: -18.00, exact 0.500 | 5 |")
+    assert "4 NOT_LOW_RANK, 1 OK" in heads
+    assert noise.endswith("| nothing to undo | none measured |")
+
+
+def test_a_wrong_base_under_ok_fails_the_check():
+    found = result()
+    assert all(check.passed for check in page.checks(found))
+    found["rows"][1]["after"] = {**GOOD, "wrong_under_ok": 1}
+    assert not all(check.passed for check in page.checks(found))
+
+
+def test_tables_go_between_the_markers(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    page.put("new", path)
+    assert path.read_text() == f"before\n{page.BEGIN}\nnew\n{page.END}\nafter\n"
+
+
+def test_distance_of_unit_vectors_is_one_minus_cosine():
+    one, two = np.array([[1.0, 0.0]]), np.array([[np.cos(1e-5), np.sin(1e-5)]])
+    np.testing.assert_allclose(attacks.apart(one, two), 5e-11, rtol=1e-6)
