@@ -280,6 +280,9 @@ def main(argv: list[str]) -> int:
         "subsets": {},
         "missing": {},
     }
+    if FLAGS.all:
+        left = [name for name in lowra_plans.PLANS if name not in {plan.name for plan in plans}]
+        results["missing"] |= dict.fromkeys(left, "Left out by --subsets.")
     before = cells_on_disk(out)
     workers = min(FLAGS.workers or cores(), len(plans))
     if workers > 1:

@@ -97,9 +97,14 @@ class Encoder(nn.Module):
 
 
 def instance_norm(x: Float[Array, "*b long"]) -> Float[Array, "*b long"]:
-    """Mean 0 and variance 1 along the last axis."""
+    """Mean 0 and variance 1 along the last axis; what does not vary is 0, and so is its gradient.
+
+    A is as it started after the first step, B being zero before.
+    """
     x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-12)
+    power = jnp.mean(x * x, axis=-1, keepdims=True)
+    flat = power < 1e-12
+    return x * jnp.where(flat, 0, lax.rsqrt(jnp.where(flat, 1, power)))
 
 
 def convolve(

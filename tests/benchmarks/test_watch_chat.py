@@ -126,6 +126,7 @@ def test_misdirection_is_zero_where_all_stays_and_not_where_it_should_go(decoder
     assert at([True, True]) > at([True, False])
 
 
+@pytest.mark.slow
 def test_one_pass_sees_what_the_whole_sequences_show(decoder, texts):
     module, params = decoder
     asked = texts.draw(np.random.default_rng(0), 4, "train")

@@ -99,6 +99,18 @@ def test_convolution_is_numpys_for_every_matrix_by_itself():
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_what_does_not_vary_passes_no_gradient_on():
+    """A is as it started after the first step: zero, and eight norms of zero would make NaN."""
+    x = jnp.stack([jnp.zeros(6), jnp.arange(6.0)])
+    found = encoder.instance_norm(x)
+    np.testing.assert_allclose(found[1], (x[1] - 2.5) / np.std(np.arange(6)), rtol=1e-5)
+    np.testing.assert_array_equal(found[0], 0)
+    slope = jax.grad(lambda x: jnp.sum(encoder.instance_norm(x) ** 3))(x)
+    np.testing.assert_array_equal(slope[0], 0)
+    assert np.isfinite(np.asarray(slope)).all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("reads", ["product", "factors"])
 def test_the_encoder_learns_and_draws(reads):
     reader = encoder.Reader(channels=4, mixer=1, heads=2, reads=reads)
