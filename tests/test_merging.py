@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jdetune import merging
+from jdetune import merging, metrics
 from jdetune.checkpoint import (
     LoraUpdate,
     merge_peft,
@@ -278,14 +278,16 @@ def test_merges_are_those_of_peft(tmp_path, capsys, case, dtype, safe):
             product=turned_product if turned else torch_product,
         )
         np.testing.assert_array_equal(raw_bytes(same_gemm), raw_bytes(expected), err_msg=name)
-        mask, _ = merging.sensitive(before, update, changes[name].rounding)
+        mask, most = merging.sensitive(before, update, changes[name].rounding)
         assert not ((found != expected) & ~mask).any(), name
+        assert metrics.ulp_distance(found, expected).max() <= most, name
         assert (found != before).mean() > 0.5
         equal += int((found == expected).sum())
         total += found.size
     with capsys.disabled():
         print(f"\n{case} {dtype} {rule}: {equal / total:.6f} of {total} elements equal PEFT's")
-    assert equal / total > 0.9
+    # in float32 how many differ, within the bound, is a matter of the processor's order of sums
+    assert equal / total > (0.5 if dtype == "float32" else 0.9)
 
 
 def test_a_square_module_of_unknown_orientation_is_refused(tmp_path):
