@@ -94,9 +94,11 @@ def test_smaller_ranks_are_filled_with_zeros(tmp_path):
     assert {r for n, r in ranks.items() if n.startswith("lora_unet_")} == {3.0}
     assert {r for n, r in ranks.items() if n.startswith("lora_te_")} == {5.0}
     for name, update in read_as(files.path, checkpoint).updates.items():
-        np.testing.assert_allclose(
-            update.left @ update.right, given[name][0] @ given[name][1], atol=1e-9
+        found, expected = (
+            np.matmul(left, right, dtype=np.float64)
+            for left, right in ((update.left, update.right), given[name])
         )
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
 
 
 def test_no_update_is_a_file_that_loads_and_changes_nothing(tmp_path):

@@ -165,6 +165,7 @@ def test_inspect_goes_on_until_three_models_are_distinct(tmp_path, family, capsy
     assert code == 0
 
 
+@pytest.mark.slow
 def test_models_of_several_dtypes_are_solved_together(tmp_path, capsys):
     found = pico.make(tmp_path, n_models=4)
     half = {name: array.astype(np.float16) for name, array in found.models[1].items()}

@@ -144,6 +144,7 @@ def test_hostile_names_stay_text():
     text.encode()  # half a pair could not be written
 
 
+@pytest.mark.slow
 def test_a_report_of_three_thousand_tensors_makes_a_small_page():
     report = reports.decoder(330, 5)
     text = render(report)
