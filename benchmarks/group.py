@@ -42,15 +42,10 @@ from jdetune.checkpoint import (
     save_like,
     save_safetensors,
 )
+from jdetune.leak.defences import int8
 
 _RECOVER = flags.DEFINE_boolean("recover", False, "Also recover the groups.")
 _SET = "minilm-distinct"
-
-
-def int8(matrix: np.ndarray) -> np.ndarray:
-    """Quantised to int8 by rows, and back."""
-    step = np.abs(matrix).max(axis=1, keepdims=True) / np.float32(127)
-    return (np.round(matrix / step) * step).astype(np.float32)
 
 
 def write_zoo(root: Path) -> dict[str, list[str]]:

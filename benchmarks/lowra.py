@@ -114,11 +114,11 @@ def side_by_side(plans: list[Plan], workers: int) -> None:
 
     Results stay on disk. What fails here is tried, and fails, once more where all come together.
     """
-    same = [word for word in sys.argv[1:] if not word.startswith(("--subsets", "--workers"))]
+    command = [sys.executable, "-m", "benchmarks.lowra", *sys.argv[1:]]  # a flag's last value holds
 
     def one(plan: Plan) -> None:
         own = [f"--subsets={plan.name}", "--workers=1", "--nofinish"]
-        subprocess.run([sys.executable, "-m", "benchmarks.lowra", *same, *own], check=False)
+        subprocess.run([*command, *own], check=False)
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, plans))
@@ -287,6 +287,7 @@ def main(argv: list[str]) -> int:
     workers = min(FLAGS.workers or cores(), len(plans))
     if workers > 1:
         side_by_side(plans, workers)
+        FLAGS.overwrite = False  # what they made is to be read
     sources: dict[str, Source] = {}
 
     def real(name: str) -> Source:

@@ -21,6 +21,7 @@ from benchmarks.watch import language as lang
 from benchmarks.watch.figures import bars
 from benchmarks.watch.scoring import gathered, percent
 from jdetune import models, watch
+from jdetune.leak.defences import int8, nf4
 from jdetune.models import Params
 from jdetune.watch.names import writer
 
@@ -29,11 +30,6 @@ FIGURES = ("works", "right", "attack", "clean", "auroc")
 SETS = ("calibration", "validation", "clean", "attack")
 #: What the attacker's LoRA changes where it avoids what is watched.
 ELSEWHERE = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
-#: Levels of NF4 (QLoRA, arXiv 2305.14314): quantiles of a normal distribution.
-NF4 = np.array([
-    -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
-    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
-])  # fmt: skip
 BLOCK = 64
 
 
@@ -47,20 +43,6 @@ def noisy(params: Params, base: Params, ratio: float, seed: int) -> Params:
             noise *= ratio * np.linalg.norm(update) / np.linalg.norm(noise)
             found[name] = array + jnp.asarray(noise, jnp.float32)
     return found
-
-
-def int8(array: np.ndarray) -> np.ndarray:
-    """Rounded to 255 levels a row, and back."""
-    scale = np.abs(array).max(axis=1, keepdims=True) / 127
-    return np.round(array / scale) * scale
-
-
-def nf4(array: np.ndarray) -> np.ndarray:
-    """Rounded to 16 levels a block of 64 weights, and back."""
-    blocks = array.reshape(-1, BLOCK)
-    scale = np.abs(blocks).max(axis=1, keepdims=True)
-    middles = (NF4[1:] + NF4[:-1]) / 2
-    return (NF4[np.searchsorted(middles, blocks / scale)] * scale).reshape(array.shape)
 
 
 def quantised(params: Params, how: Callable[[np.ndarray], np.ndarray]) -> Params:

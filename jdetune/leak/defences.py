@@ -21,7 +21,8 @@ NF4 = np.array([
     -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
     0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
 ])  # fmt: skip
-_BLOCK = 64
+#: Numbers that share a scale in NF4.
+BLOCK = 64
 
 
 def noised(adapter: Adapter, ratio: float, key: Array) -> dict[str, Lora]:
@@ -87,7 +88,7 @@ def nf4(array: np.ndarray) -> np.ndarray:
       >>> nf4(np.array([[1.0, 0.5]])).round(4)
       array([[1.    , 0.4407]])
     """
-    flat = np.pad(array.reshape(-1), (0, -array.size % _BLOCK)).reshape(-1, _BLOCK)
+    flat = np.pad(array.reshape(-1), (0, -array.size % BLOCK)).reshape(-1, BLOCK)
     scale = np.abs(flat).max(axis=1, keepdims=True)
     middles = (NF4[1:] + NF4[:-1]) / 2
     found = NF4[np.searchsorted(middles, flat / np.maximum(scale, 1e-30))] * scale

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from jdetune.leak.denoiser import Adapter, Size
 from jdetune.leak.diffusion import noise_loss, sample
 from jdetune.leak.encoder import Reader, context_of, init_encoder
-from jdetune.leak.tuning import Private, Progress, Public, Recipe, begin, tune_step
+from jdetune.leak.tuning import Private, Progress, Public, Recipe, begin, descend, tune_step
 from jdetune.models.params import Params
 from jdetune.types import Array
 
@@ -86,9 +86,7 @@ def _round(
             return jnp.mean(each(w, lora, start, private, then, number + 1))
 
         value, gradient = jax.value_and_grad(mean_loss)(weights)
-        with jax.numpy_dtype_promotion("standard"):
-            change, state = optimizer.update(gradient, state, weights)
-        return (lora, own, optax.apply_updates(weights, change), state), value
+        return (lora, own, *descend(optimizer, gradient, weights, state)), value
 
     carry, losses = lax.scan(body, (lora, own, weights, state), jnp.arange(recipe.steps))
     return carry[2], carry[3], losses

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from jdetune.leak.denoiser import spread
-from jdetune.leak.tuning import Progress
+from jdetune.leak.tuning import Progress, descend
 from jdetune.linalg import contract
 from jdetune.models.layers import LayerNorm, Linear
 from jdetune.types import Array
@@ -94,9 +94,7 @@ def _train(
             logits = _SCALE * (cosines - judge.margin * own)
             return jnp.mean(optax.softmax_cross_entropy(logits, own))
 
-        with jax.numpy_dtype_promotion("standard"):
-            change, state = optimizer.update(jax.grad(loss)(weights), state, weights)
-        return (optax.apply_updates(weights, change), state), None
+        return descend(optimizer, jax.grad(loss)(weights), weights, state), None
 
     carry, _ = lax.scan(body, (weights, state), jax.random.split(key, steps))
     return carry

@@ -105,6 +105,15 @@ class Public:
     words: Int[Array, "picture context"]
 
 
+def descend(
+    optimizer: optax.GradientTransformation, gradient: Any, weights: Any, state: Any
+) -> tuple[Any, Any]:
+    """One step of an optimiser: weights and state after it."""
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
+        change, state = optimizer.update(gradient, state, weights)
+    return optax.apply_updates(weights, change), state
+
+
 def begin(recipe: Recipe, size: Size, key: Array) -> tuple[Adapter, Any]:
     """A new adapter and its optimiser state."""
     for_lora, for_noise = jax.random.split(key)
@@ -162,11 +171,7 @@ def tune_step(
         ks = jax.random.split(keys[3], own.pictures.shape[0])
         each = jax.vmap(jax.grad(private_loss), in_axes=(None, 0, 0))
         gradient = each(lora, ks, own.pictures[:, None])
-    factors: Any = lora
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
-        change, state = recipe.optimizer(keys[4]).update(gradient, state, factors)
-    moved: Any = optax.apply_updates(factors, change)
-    return moved, state
+    return descend(recipe.optimizer(keys[4]), gradient, lora, state)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -296,9 +301,7 @@ def _train(
         def loss(p: Params) -> Array:
             return jnp.mean(noise_loss(size, p, None, keys[4], pictures, vectors(p, words)))
 
-        with jax.numpy_dtype_promotion("standard"):
-            change, state = optimizer.update(jax.grad(loss)(params), state, params)
-        return (optax.apply_updates(params, change), state), None
+        return descend(optimizer, jax.grad(loss)(params), params, state), None
 
     (params, state), _ = lax.scan(body, (params, state), jax.random.split(key, steps))
     return params, state

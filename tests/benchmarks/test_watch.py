@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from benchmarks.watch import evasion, scoring, toy, unlearning
 from benchmarks.watch import language as lang
+from benchmarks.watch import scoring, toy, unlearning
+from jdetune.leak import defences
 
 N = 400
 
@@ -68,9 +69,9 @@ def test_facts_are_asked_with_their_answers():
 
 def test_quantised_weights_are_on_few_levels_and_near():
     weights = np.random.default_rng(0).standard_normal((8, 128))
-    for how, levels, worst in ((evasion.int8, 255, 0.02), (evasion.nf4, 16, 0.5)):
+    for how, levels, worst in ((defences.int8, 255, 0.02), (defences.nf4, 16, 0.5)):
         found = how(weights)
-        group = found[0] if how is evasion.int8 else found.reshape(-1, evasion.BLOCK)[0]
+        group = found[0] if how is defences.int8 else found.reshape(-1, defences.BLOCK)[0]
         assert len(np.unique(group)) <= levels
         assert np.abs(found - weights).max() < worst
         np.testing.assert_allclose(how(found), found, atol=1e-6)
