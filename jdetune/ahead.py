@@ -84,9 +84,10 @@ def _begin_files(
     def get_tensor(name: str) -> Deferred | None:
         return guess(plan, planned[name], planned) if name in planned else None
 
-    for place, file in enumerate(mine):
+    for file in mine:
         if isinstance(file, str) and not stop.is_set():
-            path = folder / f"{place:05d}.safetensors"
+            # of all processes' files, not of this one's: they share the folder
+            path = folder / f"{template.files.index(file):05d}.safetensors"
             try:
                 with plan.checkpoints[0].busy.doing(WRITE):
                     begun[file] = begin_shard(template, path, file, get_tensor, is_ready)

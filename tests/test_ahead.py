@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import threading
+import time
 import types
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from jdetune import ahead, pipeline, solving
 from jdetune.checkpoint import open_checkpoint, read_tensor
+from jdetune.distributed import Processes
 from jdetune.result import Recoveries
 from jdetune.status import Status
 from tests import pico
@@ -206,6 +208,23 @@ def test_the_vote_of_models_that_are_left_out_does_not_count(tmp_path, seen):
     assert "classifier.bias" in seen["model.safetensors"].done
     bias = read_tensor(open_checkpoint(tmp_path / "out" / "base"), "classifier.bias")
     np.testing.assert_array_equal(bias, np.full(3, 2, np.float32))
+
+
+def test_processes_that_share_a_folder_write_to_files_of_their_own(tmp_path):
+    family = pico.make(tmp_path / "zoo")
+    for path, model in zip(family.paths, family.models, strict=True):
+        pico.write(path, model, 3)
+        (path / "model.safetensors").unlink()
+    options = pipeline.Options()
+    plan = pipeline.plan_models(pipeline.open_models(family.paths), options)
+    found = []
+    for index in range(2):
+        with ahead.writing_ahead(plan, tmp_path / "ahead", Processes(index, 2), 2**20) as begun:
+            while len(begun) < (2, 1)[index]:
+                time.sleep(0.01)
+        found += [(file, part.path) for file, part in begun.items()]
+    assert sorted(file for file, _ in found) == sorted(plan.checkpoints[0].files)
+    assert len({path for _, path in found}) == 3
 
 
 def test_files_of_other_models_are_dropped(tmp_path):
