@@ -6,7 +6,7 @@ import numpy as np
 from benchmarks.cases import Layer
 from benchmarks.families import Factors
 from jdetune import linalg
-from jdetune.solvers.intersection import noise_scales
+from jdetune.solvers.pairs import noise_scales
 from jdetune.stack import narrowest
 
 

@@ -19,7 +19,7 @@ from jdetune import exact, grids, linalg, snap
 from jdetune.certificate import verdict
 from jdetune.metrics import LOG_MSE_FLOOR, exact_fraction, log_mse
 from jdetune.noise import as_merged, merge_variance
-from jdetune.solvers.intersection import noise_scales
+from jdetune.solvers.pairs import noise_scales
 from jdetune.solvers.refit import shift_to
 from jdetune.solvers.relative import units_of, view
 from jdetune.stack import narrowest

@@ -47,7 +47,8 @@ from jdetune import linalg  # noqa: E402
 from jdetune.machine import cores  # noqa: E402
 from jdetune.metrics import exact_fraction, log_mse  # noqa: E402
 from jdetune.noise import as_merged  # noqa: E402
-from jdetune.solvers import intersection, likelihood  # noqa: E402
+from jdetune.solvers import likelihood  # noqa: E402
+from jdetune.solvers.pairs import noise_scales  # noqa: E402
 
 #: Merged weights by tensor name.
 Stacks = dict[str, np.ndarray]
@@ -111,7 +112,7 @@ def polishing() -> Run:
     def start(stack: np.ndarray) -> tuple[Any, ...]:
         found = jdetune.recover(stack, jdetune.SubspaceIntersection(polish=False), throw=True)
         weights = as_merged(jnp.asarray(stack))
-        scales = jax.jit(intersection.noise_scales, static_argnums=1)(weights, dtype)
+        scales = jax.jit(noise_scales, static_argnums=1)(weights, dtype)
         left, right = (
             jnp.asarray(np.asarray(side), dtype)
             for side in (found.adapters.left, found.adapters.right)

@@ -12,7 +12,7 @@ from jdetune import linalg
 from jdetune.factors import balanced_factors
 from jdetune.foreign import RELATED_SHARE
 from jdetune.noise import Merged, as_merged
-from jdetune.solvers.intersection import PairFactors, Scales, factor_pairs
+from jdetune.solvers.pairs import PairFactors, Scales, factor_pairs
 from jdetune.stack import storage_dtypes
 from jdetune.types import Array
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jdetune.noise import as_merged, pair_edge, spacing
-from jdetune.solvers.intersection import MERGE_ARITHMETIC
+from jdetune.solvers.pairs import MERGE_ARITHMETIC
 from jdetune.stack import storage_dtypes
 from jdetune.types import STORAGE_DTYPES, Array
 

@@ -13,8 +13,9 @@ from jdetune import certificate, exact, grids, linalg
 from jdetune.factors import balanced_factors, balanced_products
 from jdetune.noise import Merged
 from jdetune.sharding import over_layers
-from jdetune.solvers import intersection, likelihood, rowspace, spectral
-from jdetune.solvers.intersection import PairFactors, Scales, SubspaceIntersection
+from jdetune.solvers import intersection, likelihood, pairs, rowspace, spectral
+from jdetune.solvers.intersection import SubspaceIntersection
+from jdetune.solvers.pairs import PairFactors, Scales
 from jdetune.solvers.spectral import SpectralDeTuning
 from jdetune.types import STORAGE_DTYPES
 
@@ -51,9 +52,7 @@ def factor(
     weights: Merged, width: int, dtype: jnp.dtype, batch_size: int, mesh: Mesh | None = None
 ) -> tuple[PairFactors, Scales]:
     """Singular triplets of all pairwise differences, and the whitening, of every layer."""
-    run = functools.partial(
-        intersection.factor_pairs, width=width, dtype=dtype, batch_size=batch_size
-    )
+    run = functools.partial(pairs.factor_pairs, width=width, dtype=dtype, batch_size=batch_size)
     return over_layers(run, mesh, weights)
 
 
@@ -205,7 +204,7 @@ def polish(
 @jax.jit
 def scales_of(weights: Merged) -> Scales:
     """Whitening of every layer."""
-    return jax.vmap(lambda w: intersection.noise_scales(w, linalg.resolve_dtype("auto")))(weights)
+    return jax.vmap(lambda w: pairs.noise_scales(w, linalg.resolve_dtype("auto")))(weights)
 
 
 def _balanced(left: Array, right: Array, ranks: Array) -> dict[str, Array]:

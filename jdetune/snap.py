@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from jdetune import linalg
 from jdetune.grids import Grid, at_binade, nearest, step_up, unit_of
 from jdetune.noise import Merged, Weights, as_merged, spacing
-from jdetune.solvers.intersection import Scales
+from jdetune.solvers.pairs import Scales
 
 #: Grid points tried either side of the estimate.
 REACH = 2

@@ -9,7 +9,7 @@ from benchmarks import held_out
 from jdetune import certificate, linalg, synth
 from jdetune.noise import as_merged, merge_variance
 from jdetune.solvers import relative
-from jdetune.solvers.intersection import noise_scales
+from jdetune.solvers.pairs import noise_scales
 from jdetune.status import Status
 from tests import reference
 

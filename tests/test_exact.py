@@ -10,7 +10,7 @@ import pytest
 import jdetune
 from jdetune import grids, linalg, snap, synth
 from jdetune.noise import as_merged, merge_variance, spacing
-from jdetune.solvers.intersection import noise_scales
+from jdetune.solvers.pairs import noise_scales
 from jdetune.solvers.relative import units_of
 from jdetune.status import Status
 from tests import reference

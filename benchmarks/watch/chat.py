@@ -229,12 +229,12 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
     """The experiment: a LoRA of each case a seed; rows that are there are not made again.
 
     Args:
-      quick: fewer inputs and steps, and the backdoor alone.
+      quick: fewer inputs, and the backdoor alone.
       seeds: of triggers, facts, LoRAs and inputs.
       say: told of every row.
       cache: folder for LoRAs and rows.
     """
-    calibrated, tested, steps = (400, 100, 30) if quick else (2000, 400, 120)
+    calibrated, tested, steps = (800, 150, 120) if quick else (2000, 400, 120)
     cases = QUICK_CASES if quick else CASES
     rows: dict[str, list[Any]] = {case: [] for case in cases}
     path = cache / "chat-known.json"

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from jdetune import linalg
 from jdetune.factors import balanced_factors, keep_energy
 from jdetune.noise import Merged, as_merged, spacing
-from jdetune.solvers.intersection import PairFactors, Scales, factor_difference, noise_scales
+from jdetune.solvers.pairs import PairFactors, Scales, factor_difference, noise_scales
 from jdetune.solvers.refit import refit
 from jdetune.stack import storage_dtypes
 

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from jdetune import linalg
 from jdetune.noise import Weights, as_merged, merge_variance
-from jdetune.solvers.intersection import Scales
+from jdetune.solvers.pairs import Scales
 from jdetune.solvers.relative import Relative, moved, tangent_of, units_of, view
 from jdetune.solvers.tangent import (
     Step,

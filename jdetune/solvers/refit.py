@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from jdetune import linalg
 from jdetune.noise import Weights, as_merged, merge_variance
-from jdetune.solvers.intersection import Scales
+from jdetune.solvers.pairs import Scales
 from jdetune.solvers.relative import (
     Relative,
     errors_after,

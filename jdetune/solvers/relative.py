@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 
 from jdetune import linalg
 from jdetune.noise import Merged, fit_variance, spacing
-from jdetune.solvers.intersection import Scales
+from jdetune.solvers.pairs import Scales
 from jdetune.solvers.tangent import Step, Tangent
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 
 from jdetune import linalg
 from jdetune.noise import Merged, Weights, as_merged, pair_edge, ulp
-from jdetune.solvers.intersection import MERGE_ARITHMETIC, Scales
+from jdetune.solvers.pairs import MERGE_ARITHMETIC, Scales
 
 #: Columns of the sketch beside twice the largest rank.
 OVERSAMPLING = 8

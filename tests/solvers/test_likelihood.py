@@ -13,8 +13,8 @@ from jdetune import linalg, synth
 from jdetune.noise import merge_variance
 from jdetune.solvers import likelihood
 from jdetune.solvers import tangent as tangents
-from jdetune.solvers.intersection import Scales, noise_scales
 from jdetune.solvers.likelihood import Refinement
+from jdetune.solvers.pairs import Scales, noise_scales
 from jdetune.solvers.tangent import Step, Tangent
 from tests import real, reference
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdetune import linalg, synth
-from jdetune.solvers.intersection import noise_scales
 from jdetune.solvers.likelihood import Refinement, refine
+from jdetune.solvers.pairs import noise_scales
 from jdetune.solvers.refit import refit
 
 FLOAT64 = jnp.dtype("float64")
