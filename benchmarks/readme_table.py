@@ -11,10 +11,11 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks.solver_report import about, figure, number, of_limit, ratio
-from benchmarks.tables import table
+from benchmarks.tables import put_between, table
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
+#: Of the markers in README.
+MARKED = "performance"
 HEADER = (
     "case", "ms a layer", "times faster than the paper's", "of the limit",
     "W-error", "float64 throughout", "paper's W-error", "default solver, ms", "its W-error",
@@ -72,15 +73,6 @@ def block(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def replace_block(readme: str, text: str) -> str:
-    """README with its block replaced; ValueError without the two markers."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README has no single pair of markers {BEGIN} and {END}")
-    head, rest = readme.split(BEGIN)
-    body = f"{text}\n" if text else ""
-    return f"{head}{BEGIN}\n{body}{END}{rest.split(END)[1]}"
-
-
 def results() -> list[dict[str, Any]]:
     """Every run that is kept, by file name."""
     files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -93,7 +85,7 @@ def main(argv: list[str]) -> int:
         raise app.UsageError("python -m benchmarks.readme_table takes flags only")
     path = ROOT / "README.md"
     before = path.read_text(encoding="utf-8")
-    after = replace_block(before, block(results()))
+    after = put_between(before, MARKED, block(results()))
     if flags.FLAGS.check:
         return int(before != after)
     path.write_text(after, encoding="utf-8")

@@ -65,6 +65,29 @@ def checks_table(checks: Sequence[Check]) -> str:
     return table(["check", "figure", "target", "verdict"], rows)
 
 
+def put_between(page: str, name: str, text: str) -> str:
+    """A page with what stands between two markers replaced.
+
+    Args:
+      page: its text, with ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``.
+      name: of the markers.
+      text: what comes between them; may be empty.
+
+    Raises:
+      ValueError: there is no single pair of markers.
+
+    Example:
+      >>> put_between("<!-- x: begin -->old<!-- x: end -->.", "x", "new").splitlines()
+      ['<!-- x: begin -->', 'new', '<!-- x: end -->.']
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"the page has no single pair of markers {begin} and {end}")
+    head, _, rest = page.partition(begin)
+    body = f"{text}\n" if text else ""
+    return f"{head}{begin}\n{body}{end}{rest.partition(end)[2]}"
+
+
 def exit_code(checks: Sequence[Check]) -> int:
     """0 if all checks passed, else 1."""
     return int(not all(check.passed for check in checks))

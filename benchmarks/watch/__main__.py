@@ -2,17 +2,20 @@
 
     python -m benchmarks.watch --experiment=unlearning
     python -m benchmarks.watch --experiment=backdoors --quick
-    python -m benchmarks.watch --experiment=audit --again
+    python -m benchmarks.watch --experiment=audit --again --docs
 
-``--again`` makes tables and figure from the JSON of a former run.
+``--again`` makes tables and figure from the JSON of a former run. ``--docs`` puts them into
+docs/watch.md, between the markers of the experiment, and docs/watch.
 """
 
 import importlib
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -26,6 +29,8 @@ _QUICK = flags.DEFINE_boolean("quick", False, "Fewer seeds and inputs, to see th
 _SEEDS = flags.DEFINE_integer("seeds", None, "How many; 5, or 1 with --quick.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "watch-out", "Folder for NAME.json and NAME.png.")
 _AGAIN = flags.DEFINE_boolean("again", False, "Tables and figure of a former run.")
+_DOCS = flags.DEFINE_boolean("docs", False, "Put tables and figure into docs/watch.md.")
+DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 def main(argv: list[str]) -> int:
@@ -52,13 +57,22 @@ def main(argv: list[str]) -> int:
         )
         path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     figures.write(experiment.draw, result, path.with_suffix(".png"))
-    print(f"settings: {json.dumps(result['settings'])}")
-    print(f"{result['seconds']} s on {result['machine']}")
-    for title, (header, rows) in experiment.tables(result).items():
-        print(f"\n{title}\n\n{tables.table(header, rows)}")
+    text = shown(result, experiment.tables(result))
+    print(text)
+    if _DOCS.value:
+        page = DOCS / "watch.md"
+        page.write_text(tables.put_between(page.read_text(), _NAME.value, text))
+        shutil.copy(path.with_suffix(".png"), DOCS / "watch")
     found = experiment.checks(result)
     print(f"\n{tables.checks_table(found)}")
     return tables.exit_code(found)
+
+
+def shown(result: dict[str, Any], found: dict[str, tuple[list[str], list[list[str]]]]) -> str:
+    """Settings, seconds, and tables under their titles."""
+    rows = (f"{title}:\n\n{tables.table(head, body)}" for title, (head, body) in found.items())
+    said = f"{result['seconds']} s on {result['machine']}. Settings: "
+    return "\n\n".join([said + f"`{json.dumps(result['settings'])}`", *rows])
 
 
 if __name__ == "__main__":

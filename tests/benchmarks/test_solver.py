@@ -167,19 +167,18 @@ def test_the_readme_table_comes_from_the_results():
     assert "| case | 500.0 | 200* | 2.0 | -20.00 | -20.20 | - | - | - |" in text
     assert "extrapolated" in text.splitlines()[-1]
     assert text.startswith("a processor (")
-    readme = f"a\n{readme_table.BEGIN}\nold\n{readme_table.END}\nb\n"
-    again = readme_table.replace_block(readme, text)
-    assert again == f"a\n{readme_table.BEGIN}\n{text}\n{readme_table.END}\nb\n"
+    begin, end = (f"<!-- performance: {part} -->" for part in ("begin", "end"))
+    again = tables.put_between(f"a\n{begin}\nold\n{end}\nb\n", readme_table.MARKED, text)
+    assert again == f"a\n{begin}\n{text}\n{end}\nb\n"
     assert readme_table.block([]) == ""
     with pytest.raises(ValueError, match="markers"):
-        readme_table.replace_block("nothing", text)
+        tables.put_between(f"{end} {begin}", readme_table.MARKED, text)
 
 
 def test_readme_is_in_step_with_the_results():
     readme = (readme_table.ROOT / "README.md").read_text()
-    if readme_table.BEGIN not in readme:
-        pytest.skip("README has no performance table")
-    again = readme_table.replace_block(readme, readme_table.block(readme_table.results()))
+    text = readme_table.block(readme_table.results())
+    again = tables.put_between(readme, readme_table.MARKED, text)
     assert again == readme, "run python -m benchmarks.readme_table"
 
 
