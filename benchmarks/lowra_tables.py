@@ -215,6 +215,14 @@ def breakdown(subset: Mapping[str, Any], field: str) -> str:
     return summary.breakdown_table(own, field, field)
 
 
+def _made(results: Mapping[str, Any]) -> str:
+    """How many of the cells this run made."""
+    made, every = results["cells_made"], results["cells_in_all"]
+    if made == every:
+        return f"all {every} cells were made in this run"
+    return f"{made} of {every} cells were made in this run, the others in earlier ones"
+
+
 def document(results: Results, checks: Sequence[Check], made: Mapping[str, Sequence[str]]) -> str:
     """The page: every table and figure, each with what is real in it."""
     machine = results["machine"]
@@ -223,8 +231,7 @@ def document(results: Results, checks: Sequence[Check], made: Mapping[str, Seque
         "",
         f"Made by `{results['command']}` on {machine['processor']}, {machine['cores']} cores, load "
         f"{machine['load']:.1f} before, {machine['date']}, jdetune {machine['jdetune']}; it took "
-        f"{results['seconds'] / 60:.1f} minutes ({results['cells_made']} of "
-        f"{results['cells_in_all']} cells were made in this run, the others in earlier ones).",
+        f"{results['seconds'] / 60:.1f} minutes ({_made(results)}).",
         "",
         "W-error is the mean over layers of log10 MSE (Eq. 8) of the base as it is stored, ± the "
         "standard deviation over random subsets; lower is better, -40 is exact. jdetune is given "
