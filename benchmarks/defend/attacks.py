@@ -121,9 +121,8 @@ def countered(by: Countered) -> dict[str, Outcome]:
             if one.base is None:
                 continue
             base = stacks[name].base(one.base) + rest.get(name, 0.0)
-            known = one.predicted is not None and name not in rest
-            predicted = one.predicted + 2 * np.log10(stacks[name].step) if known else None
-            outcomes[name] = Outcome(one.code, base.astype(np.float32), predicted)
+            # what is predicted holds for rounding, and residuals are only taken for it
+            outcomes[name] = Outcome(one.code, base.astype(np.float32), None)
     return outcomes
 
 

@@ -131,7 +131,7 @@ def draw(result: Mapping[str, Any], figure: Any) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"W-error (log10 of the mean squared error), {main} models")
     axes.grid(axis="x", alpha=0.25)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="lower left")
 
 
 def _short(found: Mapping[str, Any]) -> str:
