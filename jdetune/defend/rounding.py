@@ -49,13 +49,10 @@ def coarse(stack: Float[np.ndarray, "model row col"], rms: float) -> Coarse:
       rms: of the residuals.
 
     Example:
-      >>> import jdetune
       >>> from jdetune import synth
-      >>> from jdetune.defend import dense_noise
-      >>> family = synth.family(3, 64, 48, 4)
-      >>> noisy = dense_noise(family.merged, rms=1e-5, seed=0)
-      >>> int(jdetune.recover(noisy).status), int(jdetune.recover(coarse(noisy, 1e-5).stack).status)
-      (2, 0)
+      >>> found = coarse(synth.family(3, 64, 48, 4).merged, rms=1e-5)
+      >>> bool(np.all(np.spacing(found.stack) == 1))
+      True
     """
     wide = stack.astype(np.float64)
     shift = np.mean(wide, axis=0)
