@@ -3,12 +3,12 @@
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import jdetune
-from benchmarks.defend.cases import Case, Family, Release, Tensors, stacks, truth
+from benchmarks.defend.cases import Case, Family, Release, Tensors, completed, stacks, truth
 from jdetune import defend, explain, metrics, models
 from jdetune.models.text import embed, load_codec, pad_batch
 
@@ -23,70 +23,129 @@ SURPRISE = 1.0
 
 
 class Countered:
-    """A release after the attacker's own work, which needs no more than the first n models."""
+    """The first models of a release, and the attacker's own work on them."""
 
-    def __init__(self, of: Family, release: Release, case: Case) -> None:
-        """Aligns all models at once: each is brought into the first one's coordinates."""
-        self.models = release.models
-        self.across = "across" in case.counters
+    def __init__(self, of: Family, release: Release, case: Case, count: int) -> None:
+        """Brings each model into the first one's coordinates.
+
+        Args:
+          of: the family.
+          release: what the attacker has.
+          case: the defence that made it.
+          count: models that are looked at.
+        """
+        self.of, self.case, self.released = of, case, release.models[:count]
+        self.wanted = truth(of, release)
+        self.models, self.across = self.released, "across" in case.counters
+        changes = [()] * count
+        touched = [
+            place
+            for place in defend.places(of.module)
+            if any(axis.name in of.targets for axis in place.axes)
+        ]
         if "align" in case.counters:
-            touched = [
-                place
-                for place in defend.places(of.module)
-                if any(axis.name in of.targets for axis in place.axes)
-            ]
-            self.models = defend.align(of.module, release.models, touched).models
+            aligned = defend.align(of.module, self.released, touched)
+            self.models, changes = aligned.models, aligned.changes
+        names = {axis.name for place in touched for axis in place.axes}.union(of.targets)
+        own = ({name: model[name] for name in names} for model in self.released)
+        self._changed = list(zip(own, changes, strict=True))
 
-    def stacks(self, names: Sequence[str], count: int) -> tuple[Tensors, Tensors]:
+    def stacks(self) -> tuple[Tensors, Tensors]:
         """What is recovered from, and what is added to each base afterwards."""
-        found = stacks(self.models[:count], names)
+        found = stacks(self.of, self.models)
         if not self.across:
             return found, {}
         parts = {name: defend.without_common(stack) for name, stack in found.items()}
         return {n: p.stack for n, p in parts.items()}, {n: p.rest for n, p in parts.items()}
 
+    def coarse(self, names: Sequence[str]) -> tuple[dict[str, defend.Coarse], Tensors]:
+        """The same of single matrices with residuals taken for rounding, and what is added."""
+        found, rest = {}, {}
+        known = [defend.rounding_rms(one, change, names) for one, change in self._changed]
+        wide = stacks(
+            self.of,
+            [
+                defend.moved({n: w.astype(np.float64) for n, w in one.items()}, change)
+                for one, change in self._changed
+            ],
+        )
+        for name in names:
+            rms = max(*(one[name] for one in known), defend.residual_rms(wide[name]))
+            if self.across:
+                parts = defend.without_common(wide[name], rms)
+                wide[name], rest[name] = parts.stack, parts.rest
+            found[name] = defend.coarse(wide[name], rms)
+        return found, rest
 
-def recovered(
-    merged: Tensors, wanted: Mapping[str, np.ndarray], rest: Tensors, solver: Any = None
-) -> tuple[dict[str, Any], Tensors]:
-    """Recovers a base and compares it with the truth.
+
+class Outcome(NamedTuple):
+    """One matrix: status, and the base and its predicted W-error where there is one."""
+
+    code: jdetune.Status
+    base: np.ndarray | None
+    predicted: float | None
+
+
+def recovered(merged: Tensors, rest: Tensors, solver: Any = None) -> dict[str, Outcome]:
+    """Recovers every matrix.
 
     Args:
       merged: name to [model, row, col].
-      wanted: name to the true base.
-      rest: what is added to a base before it is compared.
+      rest: what is added to a base; its error is then not the predicted one.
       solver: of ``jdetune.recover``.
-
-    Returns:
-      Figures, and the bases of the matrices that have one.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", explain.RepairWarning)
         found = jdetune.recover(merged, solver)
-    bases, status, errors, exact, surprises = {}, Counter(), [], [], []
+    outcomes = {}
     for name, layer in found.items():
         code = jdetune.Status(int(layer.status))
-        status[code.name] += 1
-        if not code.has_base:
-            continue
-        base = np.asarray(layer.base)
-        if name in rest:
-            base = (base.astype(np.float64) + rest[name]).astype(np.float32)
-        bases[name] = base.astype(wanted[name].dtype)
-        errors.append(metrics.log_mse(bases[name], wanted[name]))
-        exact.append(metrics.exact_fraction(bases[name], wanted[name]))
-        predicted = float(layer.predicted_error)
-        if code is jdetune.Status.OK and name not in rest and np.isfinite(predicted):
-            surprises.append(errors[-1] - predicted)
+        base, predicted = None, float(layer.predicted_error)
+        if code.has_base:
+            base = np.asarray(layer.base)
+            if name in rest:
+                base = (base.astype(np.float64) + rest[name]).astype(np.float32)
+        known = code is jdetune.Status.OK and name not in rest and np.isfinite(predicted)
+        outcomes[name] = Outcome(code, base, predicted if known else None)
+    return outcomes
+
+
+def countered(by: Countered) -> dict[str, Outcome]:
+    """Recovers after the attacker's work: first as it is, then what was refused, coarsely."""
+    outcomes = recovered(*by.stacks())
+    refused = [name for name, one in outcomes.items() if one.base is None]
+    if refused:
+        stacks, rest = by.coarse(refused)
+        again = recovered({name: one.stack for name, one in stacks.items()}, {})
+        for name, one in again.items():
+            if one.base is None:
+                continue
+            base = stacks[name].base(one.base) + rest.get(name, 0.0)
+            # what is predicted holds for rounding, and residuals are only taken for it
+            outcomes[name] = Outcome(one.code, base.astype(np.float32), None)
+    return outcomes
+
+
+def figures(outcomes: Mapping[str, Outcome], wanted: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Outcomes against the true bases."""
+    status, errors, exact, surprises = Counter(), [], [], []
+    for name, one in outcomes.items():
+        status[one.code.name] += 1
+        if one.base is not None:
+            base = one.base.astype(wanted[name].dtype)
+            errors.append(metrics.log_mse(base, wanted[name]))
+            exact.append(metrics.exact_fraction(base, wanted[name]))
+            if one.predicted is not None:
+                surprises.append(errors[-1] - one.predicted)
     return {
         "status": dict(status.most_common()),
         "w_error": _mean(errors),
         "exact": _mean(exact),
-        "matrices": len(found),
-        "with_base": len(bases),
+        "matrices": len(outcomes),
+        "with_base": len(errors),
         "wrong_under_ok": sum(not one <= SURPRISE for one in surprises),
         "worst_surprise": max(surprises, default=None),
-    }, bases
+    }
 
 
 def mean_of_models(merged: Tensors, wanted: Mapping[str, np.ndarray]) -> tuple[float, Tensors]:
@@ -123,37 +182,34 @@ def apart(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.mean(0.5 * np.sum(np.square(first - second), axis=1)))
 
 
-def attack(
-    of: Family, release: Release, case: Case, counts: Sequence[int], paper: int | None, probe: Probe
-) -> list[dict[str, Any]]:
-    """A row for each number of models.
+def attack(by: Countered, probe: Probe) -> dict[str, Any]:
+    """A row: recovery from what was released, and after the attacker's work.
 
     Args:
-      of: the family.
-      release: what the attacker has.
-      case: the defence that made it.
-      counts: numbers of models.
-      paper: the one at which the paper's solver runs too; it does not if None.
+      by: the release.
       probe: embeddings.
     """
-    wanted, rows = truth(of, release), []
-    countered = Countered(of, release, case)
-    for count in counts:
-        plain, bases = recovered(stacks(release.models[:count], of.targets), wanted, {})
-        merged, rest = countered.stacks(of.targets, count)
-        after = plain
-        if case.counters:
-            after, bases = recovered(merged, wanted, rest)
-        mean, means = mean_of_models(stacks(countered.models[:count], of.targets), wanted)
-        got = release.models[0] | means | bases
-        row = {"case": case.name, "n": count, "released": plain, "after": after, "mean": mean}
-        row["base_apart"] = apart(probe(got), probe.base)
-        if count == paper:
-            own = {name: merged[name].astype(np.float32) for name in of.real}
-            solver = jdetune.SpectralDeTuning(rank=of.rank, steps=STEPS, space="core")
-            row["paper"], _ = recovered(own, wanted, rest, solver)
-        rows.append(row)
-    return rows
+    plain = after = recovered(stacks(by.of, by.released), {})
+    if by.case.counters or any(one.base is None for one in plain.values()):
+        after = countered(by)
+    mean, means = mean_of_models(stacks(by.of, by.models), by.wanted)
+    bases = {name: one.base for name, one in after.items() if one.base is not None}
+    return {
+        "case": by.case.name,
+        "n": len(by.models),
+        "released": figures(plain, by.wanted),
+        "after": figures(after, by.wanted),
+        "mean": mean,
+        "base_apart": apart(probe(completed(by.released[0], means | bases)), probe.base),
+    }
+
+
+def papers(by: Countered) -> dict[str, Any]:
+    """Figures of the paper's solver, with the true rank given, on matrices with real adapters."""
+    merged, rest = by.stacks()
+    own = {name: merged[name].astype(np.float32) for name in by.of.real}
+    solver = jdetune.SpectralDeTuning(rank=by.of.rank, steps=STEPS, space="core")
+    return figures(recovered(own, rest, solver), by.wanted)
 
 
 def cost(release: Release, probe: Probe) -> dict[str, float]:

@@ -17,8 +17,11 @@ from jdetune.defend.coordinates import Change
 from jdetune.defend.places import Kind
 from jdetune.defend.release import Grid
 
-MLP_RANK = 16
-#: The block of the quick form.
+#: As that of the real adapters in `minilm-same`: matrices of one rank share programs.
+MLP_RANK = 32
+#: Models that are released, however many of them are looked at.
+MODELS = 8
+#: The block of the forms that look at one only.
 BLOCK = 3
 #: The singular values of a random update fall by this power of e over its rank.
 _DECAY = 3.0
@@ -37,6 +40,8 @@ class Family:
       real: those of them with real adapters.
       sizes: name of a target to the mean rms of its updates.
       rank: of the real updates.
+      rows: as many leading rows of a matrix are recovered; all if None. Any rows of a matrix are a
+        matrix with an update of at most that rank, and matrices of one shape share one program.
     """
 
     module: models.Model
@@ -46,6 +51,7 @@ class Family:
     real: tuple[str, ...]
     sizes: dict[str, float]
     rank: int
+    rows: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +82,18 @@ class Case:
     counters: tuple[str, ...] = ()
 
 
-def family(set_name: str, count: int, quick: bool = False) -> Family:
+def family(set_name: str, one_block: bool = False, count: int = MODELS) -> Family:
     """MiniLM with the adapters of a set.
 
     Args:
       set_name: a set of `benchmarks.families` on MiniLM.
+      one_block: one block only, and of its MLP as many units of the first matrix as the model is
+        wide; all units are published, and aligned.
       count: models.
-      quick: one block only, and of its MLP the first matrix.
     """
     module, params = models.load(real_models.weights_file("minilm").parent)
     base = {name: np.asarray(array) for name, array in params.items()}
-    wanted = (BLOCK,) if quick else range(module.config.num_hidden_layers)
+    wanted = (BLOCK,) if one_block else range(module.config.num_hidden_layers)
     factors = {
         name: found
         for name, found in families.factors(set_name, count).items()
@@ -97,7 +104,7 @@ def family(set_name: str, count: int, quick: bool = False) -> Family:
     for place in defend.places(module):
         if place.kind == "order" and any(f".{block}." in place.name for block in wanted):
             for axis in place.axes:
-                if base[axis.name].ndim == 2 and not (quick and axis.dual):
+                if base[axis.name].ndim == 2 and not (one_block and axis.dual):
                     seed = [*axis.name.encode()]
                     updates[axis.name] = _random(base[axis.name].shape, count, size, seed)
     tunes = [
@@ -106,7 +113,8 @@ def family(set_name: str, count: int, quick: bool = False) -> Family:
     ]
     sizes = {name: float(np.mean([_rms(one) for one in found])) for name, found in updates.items()}
     rank = next(iter(factors.values()))[0].right.shape[0]
-    return Family(module, base, tunes, tuple(updates), tuple(factors), sizes, rank)
+    rows = module.config.hidden_size if one_block else None
+    return Family(module, base, tunes, tuple(updates), tuple(factors), sizes, rank, rows)
 
 
 def cases() -> list[Case]:
@@ -194,8 +202,9 @@ def _changed(of: Family, kinds: Sequence[Kind], spread: float) -> Release:
 
 
 def truth(of: Family, release: Release) -> Tensors:
-    """The true base in the coordinates of the first release."""
-    return defend.moved(of.base, release.changes)
+    """What is to be recovered: the true base in the coordinates of the first release."""
+    base = defend.moved(of.base, release.changes)
+    return {name: base[name][: of.rows] for name in of.targets}
 
 
 def _random(
@@ -215,6 +224,14 @@ def _rms(update: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(update, dtype=np.float64))))
 
 
-def stacks(tensors: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]) -> Tensors:
-    """Name to [model, row, col]."""
-    return {name: np.stack([model[name] for model in tensors]) for name in names}
+def stacks(of: Family, tensors: Sequence[Mapping[str, np.ndarray]]) -> Tensors:
+    """Name of a target to [model, row, col]."""
+    return {name: np.stack([model[name][: of.rows] for model in tensors]) for name in of.targets}
+
+
+def completed(model: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> Tensors:
+    """A model with what was found in place of its leading rows."""
+    return dict(model) | {
+        name: np.concatenate([part, model[name][len(part) :].astype(part.dtype)])
+        for name, part in found.items()
+    }

@@ -33,44 +33,49 @@ def recovered(row: Mapping[str, Any]) -> bool:
     return whole and found["w_error"] < row["mean"] - DECADES
 
 
+def needed(rows: Mapping[int, Mapping[str, Any]]) -> str:
+    """The fewest models that are enough, by number of models; or how many are not."""
+    enough = [n for n, row in rows.items() if recovered(row)]
+    return str(min(enough)) if enough else f"more than {max(rows)}"
+
+
 def text(result: Mapping[str, Any]) -> str:
     """Everything that is printed, as Markdown."""
     by_case: dict[str, dict[int, dict[str, Any]]] = {}
     for row in result["rows"]:
         by_case.setdefault(row["case"], {})[row["n"]] = row
-    counts, main = result["settings"]["n"], _main(result)
+    counts, main = result["settings"]["n"], min(result["settings"]["n"])
     first, second, third = [], [], []
     for name, rows in by_case.items():
         row, cost = rows[main], result["costs"][name]
         same = row["released"] == row["after"]
-        enough = [n for n in counts if recovered(rows[n])]
         first.append(
             [
                 name,
                 f"{cost['moved']:.1e} ({100 * cost['share']:.2g}%)",
                 words(row["released"]),
-                "nothing to undo" if same else words(row["after"]),
-                str(enough[0]) if enough else "none measured",
+                "as released" if same else words(row["after"]),
+                needed(rows),
             ]
         )
-        second.append(
-            [name, _paper(row.get("paper")), f"{row['mean']:.2f}", f"{row['base_apart']:.1e}"]
-        )
-        third.append([name, *(_short(rows[n]["after"]) for n in counts)])
+        paper = _paper(result["paper"].get(name))
+        second.append([name, paper, f"{row['mean']:.2f}", f"{row['base_apart']:.1e}"])
+        third.append([name, *(_short(rows[n]["after"]) if n in rows else "-" for n in counts)])
     parts = [
-        f"Settings: {json.dumps(result['settings'])}. {result['seconds']} s on"
-        f" {result['machine']}.",
+        f"Settings: {json.dumps(result['settings'])}. {result['seconds']} s,"
+        f" {result['processor']} s of processor time, on {result['machine']}.",
         f"With {main} models:",
         table(
             ["defence", "cost: 1 - cosine (of the fine-tune's own)", "recovery as released",
              "after the counter-attack", "LoRAs needed"], first,
         ),
-        f"What else the attacker has, with {main} models after the counter-attack:",
+        "What else the attacker has after the counter-attack: the W-errors of the paper's solver"
+        f" (if run) and of the mean of {main} models, and how the attacker's base embeds texts:",
         table(
             ["defence", "paper's solver, rank given", "mean of the models",
              "1 - cosine of the attacker's base to the true one"], second,
         ),
-        "W-error after the counter-attack by number of models; a refusal has none:",
+        "W-error after the counter-attack by number of models, until they are enough:",
         table(["defence", *(f"n = {n}" for n in counts)], third),
     ]  # fmt: skip
     return "\n\n".join(parts)
@@ -104,8 +109,8 @@ def checks(result: Mapping[str, Any]) -> list[Check]:
 
 def draw(result: Mapping[str, Any], figure: Any) -> None:
     """W-errors of every defence, as released and after the counter-attack."""
-    axes, names = figure.subplots(), list(result["costs"])
-    main = _main(result)
+    axes, names = figure.subplots(), list(dict.fromkeys(row["case"] for row in result["rows"]))
+    main = min(result["settings"]["n"])
     rows = {row["case"]: row for row in result["rows"] if row["n"] == main}
     y = range(len(names))
     axes.plot([rows[n]["mean"] for n in names], y, "|", color="#5b5b5b", ms=14, label="mean")
@@ -126,7 +131,7 @@ def draw(result: Mapping[str, Any], figure: Any) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"W-error (log10 of the mean squared error), {main} models")
     axes.grid(axis="x", alpha=0.25)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="lower left")
 
 
 def _short(found: Mapping[str, Any]) -> str:
@@ -139,9 +144,3 @@ def _short(found: Mapping[str, Any]) -> str:
 
 def _paper(found: Mapping[str, Any] | None) -> str:
     return "-" if found is None or found["w_error"] is None else f"{found['w_error']:.2f}"
-
-
-def _main(result: Mapping[str, Any]) -> int:
-    """The number of models that the first table is about."""
-    counts = result["settings"]["n"]
-    return 5 if 5 in counts else max(counts)

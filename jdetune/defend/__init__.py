@@ -2,8 +2,8 @@
 
 A publisher of merged LoRA models can change the numbers of a release (`dense_noise`,
 `lower_precision`, `rank_residual`, `common_direction`) or its coordinates (`change_coordinates`),
-which costs nothing in what the model computes. `align` and `without_common` are what an attacker
-does about it. docs/defend.md says what came of each.
+which costs nothing in what the model computes. `align`, `without_common` and `coarse` are what an
+attacker does about it. docs/defend.md says what came of each.
 """
 
 from jdetune.defend.align import Aligned, align, match
@@ -20,6 +20,7 @@ from jdetune.defend.coordinates import (
 )
 from jdetune.defend.places import Axis, Place, places
 from jdetune.defend.release import common_direction, dense_noise, lower_precision, rank_residual
+from jdetune.defend.rounding import Coarse, coarse, residual_rms, rounding_rms
 
 __all__ = [
     "KINDS",
@@ -27,10 +28,12 @@ __all__ = [
     "Aligned",
     "Axis",
     "Change",
+    "Coarse",
     "Fit",
     "Place",
     "align",
     "change_coordinates",
+    "coarse",
     "common_direction",
     "dense_noise",
     "draw",
@@ -42,5 +45,7 @@ __all__ = [
     "output_change",
     "places",
     "rank_residual",
+    "residual_rms",
+    "rounding_rms",
     "without_common",
 ]

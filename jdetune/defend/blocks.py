@@ -5,7 +5,7 @@ those that take its inverse transpose, :math:`Z_i - T^T Z_0` is. Both are linear
 asked for by reweighted least squares: the columns are weighed by
 :math:`\Omega = (D^T D + \epsilon^2)^{-1}` of the last step, so that directions in which the updates
 differ count for little and all others for much, and :math:`\epsilon`, the median singular value of
-D, falls to the rounding error. With :math:`\Omega` fixed every block solves
+D and no less than the rounding error, falls with D. With :math:`\Omega` fixed every block solves
 
 .. math::
    T\,(X_i \Omega X_i^T) + (Z_0 \Omega' Z_0^T)\,T = X_0 \Omega X_i^T + Z_0 \Omega' Z_i^T .
@@ -19,13 +19,15 @@ minimization", JMLR 2012; the use is this library's.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from jdetune.defend.places import Place, gather
 
-#: Steps at most, and the relative change of T at which they end: float32's own is 6e-8.
+#: Steps at most, and the relative change of T at which they end: float32's own is 6e-8. Coarser
+#: rounding leaves T less certain, and the second is the change as a share of it.
 ROUNDS = 60
-TOLERANCE = 2e-9
+TOLERANCE, OF_ROUNDING = 2e-9, 1e-3
 #: Steps that the next one is extrapolated from; without, three times as many are needed.
 _PAST = 3
 #: Residuals below this share of the tensor are float64's own.
@@ -47,11 +49,19 @@ class Fit(NamedTuple):
 
 
 class _View(NamedTuple):
-    """A tensor of both models as blocks [block, repeat, side, other]."""
+    """A tensor of both models as blocks [block, repeat, side, other].
+
+    Attributes:
+      reference: of the model whose coordinates are kept.
+      model: of the other.
+      dual: takes the inverse transpose of T.
+      rounding: norm of the rounding errors of both over the norm of the reference.
+    """
 
     reference: np.ndarray
     model: np.ndarray
     dual: bool
+    rounding: float
 
 
 def fit_blocks(
@@ -78,6 +88,7 @@ def fit_blocks(
             gather(place, axis, reference[axis.name]),
             gather(place, axis, model[axis.name]),
             axis.dual,
+            _rounding(reference[axis.name]),
         )
         for axis in place.axes
         if names is None or axis.name in names
@@ -87,7 +98,8 @@ def fit_blocks(
     weights = [_plain(view.reference) for view in views]
     blocks = _solve(views, weights)
     change, count, past = np.inf, 0, []
-    while count < rounds and change > TOLERANCE:
+    enough = max(TOLERANCE, OF_ROUNDING * max(view.rounding for view in views))
+    while count < rounds and change > enough:
         count += 1
         after = _solve(views, [_reweighted(view, blocks) for view in views])
         change = float(np.linalg.norm(after - blocks) / np.linalg.norm(after))
@@ -131,8 +143,20 @@ def _in(view: _View, ours: np.ndarray, theirs: np.ndarray) -> _View:
     """A view in balanced coordinates of each model."""
     if view.dual:
         ours, theirs = np.linalg.inv(ours), np.linalg.inv(theirs)  # symmetric
-    reference = np.matmul(ours[:, None], view.reference)
-    return _View(reference, np.matmul(theirs[:, None], view.model), view.dual)
+    return view._replace(
+        reference=np.matmul(ours[:, None], view.reference),
+        model=np.matmul(theirs[:, None], view.model),
+    )
+
+
+def _rounding(stored: np.ndarray) -> float:
+    """What rounding leaves between two tensors of a dtype, as a share of their norm.
+
+    A bias has one singular value, which is its own median: without this floor one that no update
+    touched would be fitted at any price, and nothing else would count.
+    """
+    spacing = float(ml_dtypes.finfo(np.asarray(stored).dtype).eps) / np.sqrt(2)  # between 1/2 and 1
+    return max(_LEAST, spacing * np.sqrt(2 / 12))
 
 
 def residual(view: _View, blocks: np.ndarray) -> np.ndarray:
@@ -165,7 +189,7 @@ def _reweighted(view: _View, blocks: np.ndarray) -> np.ndarray:
     # a wide residual has no more singular values than rows; eigh puts the largest last
     square = np.maximum(square, 0.0)
     middle = np.median(square[-len(apart) :])
-    least = (_LEAST * np.linalg.norm(view.reference)) ** 2
+    least = (view.rounding * np.linalg.norm(view.reference)) ** 2 / min(apart.shape)
     return np.matmul(vectors / (square + middle + least), vectors.T)
 
 

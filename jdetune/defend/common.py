@@ -33,11 +33,12 @@ class Across:
     rest: np.ndarray
 
 
-def without_common(stack: Float[np.ndarray, "model row col"]) -> Across:
+def without_common(stack: Float[np.ndarray, "model row col"], rms: float | None = None) -> Across:
     """Takes out the column directions that all differences of two models share.
 
     Args:
-      stack: merged weights of three models or more, float32.
+      stack: merged weights of three models or more.
+      rms: of what the models differ by beyond low rank; their dtype's rounding if None.
 
     Returns:
       What is left, and what to add to the base that is recovered from it.
@@ -54,7 +55,10 @@ def without_common(stack: Float[np.ndarray, "model row col"]) -> Across:
     shared = np.zeros((row, row))
     for i, j in pairs:
         u, values, _ = np.linalg.svd(wide[i] - wide[j], full_matrices=False)
-        u = u[:, values > _CLEAR * _edge(stack[i], stack[j])]
+        edge = _edge(stack[i], stack[j])
+        if rms is not None:
+            edge = rms * float(np.sum(np.sqrt(2.0 * np.array(stack.shape[1:]))))
+        u = u[:, values > _CLEAR * edge]
         shared += np.matmul(u, u.T) / len(pairs)
     found, vectors = np.linalg.eigh(shared)
     directions = vectors[:, found > _COMMON]

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from benchmarks.defend import __main__ as main
 from benchmarks.defend import attacks, page
 
 REFUSED = {
@@ -36,7 +37,9 @@ def result():
         "settings": {"n": [3, 5]},
         "rows": [*rows, row("noise", 5, REFUSED)],
         "costs": {"heads": cost, "noise": cost},
+        "paper": {"heads": {**GOOD, "w_error": -17.25}},
         "seconds": 1,
+        "processor": 1,
         "machine": "cpu",
     }
 
@@ -51,9 +54,17 @@ def test_a_base_counts_as_recovered_where_all_matrices_are_far_below_the_mean():
 def test_tables_name_the_fewest_models_and_every_refusal():
     lines = page.text(result()).splitlines()
     heads, noise = (next(t for t in lines if t.startswith(f"| {n} |")) for n in ("heads", "noise"))
-    assert heads.endswith("| OK: -18.00, exact 0.500 | 5 |")
-    assert "4 NOT_LOW_RANK, 1 OK" in heads
-    assert noise.endswith("| nothing to undo | none measured |")
+    assert heads.endswith("| 4 NOT_LOW_RANK, 1 OK | as released | 5 |")
+    assert noise.endswith("| as released | more than 5 |")
+    assert "| heads | -17.25 | -6.00 | 1.0e-09 |" in lines
+    assert "| heads | NOT_LOW_RANK | -18.00 |" in lines
+
+
+def test_more_models_are_tried_until_they_are_enough():
+    found = result()
+    found["settings"]["n"] = [3, 5, 8]
+    steps = list(main._steps(found, ["heads", "noise"], 5))
+    assert steps == [("noise", 8, "default solver"), ("noise", 5, "paper")]
 
 
 def test_a_wrong_base_under_ok_fails_the_check():

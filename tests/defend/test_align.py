@@ -88,3 +88,19 @@ def test_what_was_not_changed_is_left_bit_by_bit():
     assert found.changes[1] == ()
     for name, array in tunes[1].items():
         np.testing.assert_array_equal(found.models[1][name], array)
+
+
+def test_a_bias_that_no_update_touched_does_not_drown_coarser_matrices():
+    releases, _, pairs = released(small.BERT)
+    place = defend.places(small.BERT)[0]
+    coarse = [
+        {n: defend.lower_precision(w, "bfloat16") if w.ndim == 2 else w for n, w in one.items()}
+        for one in releases
+    ]
+    first, second = (next(c.blocks for c in ch if c.place == place) for _, ch in pairs[:2])
+    assert first is not None
+    assert second is not None
+    wanted = np.matmul(first, np.linalg.inv(second))
+    found = defend.fit_blocks(place, coarse[0], coarse[1])
+    assert found.rounds < 60
+    assert np.linalg.norm(found.blocks - wanted) < 0.01 * np.linalg.norm(wanted)
