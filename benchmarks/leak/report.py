@@ -65,6 +65,12 @@ def tables(result: dict[str, Any]) -> dict[str, Table]:
                 alone = pooled(e["base"] for e in every)
                 rows.append([f"encoder of {of}, drawn by the base", *_cells(alone)])
         found[f"Attacks on {victims} unseen victims"] = (["attack", *_HEAD], rows)
+    noise = [(p, _parts(result, p)) for p in ("encoder", "ablation") if _parts(result, p)]
+    if noise:
+        own = [pooled(e["own_noise"] for e in every) for _, every in noise]
+        rows = [[name, *(cell(one[name], False) for one in own)] for name in own[0]]
+        head = ["context", *({"encoder": "of B A", "ablation": "of factors"}[p] for p, _ in noise)]
+        found["Loss of victims' models on their own pictures"] = (head, rows)
     chains = _parts(result, "chain")
     if chains:
         rows = [_chain_row("true adapters", attack, None)] if attack else []
