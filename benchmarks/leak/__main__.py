@@ -34,7 +34,7 @@ from jdetune.leak.learning import Lessons
 from jdetune.leak.tuning import Private, Training, begin
 
 PARTS = ("attack", "encoder", "ablation", "chain", "defences", "dp", "byproducts")
-#: Without the encoder, whose training takes as long as all the others.
+#: Without the encoder, whose training takes minutes.
 QUICK_PARTS = ("attack", "chain", "defences", "dp", "byproducts")
 _QUICK = flags.DEFINE_boolean("quick", False, "Smaller: one seed, fewer fine-tunes and rounds.")
 _SEEDS = flags.DEFINE_integer("seeds", None, "How many; 3, or 1 with --quick.", lower_bound=1)

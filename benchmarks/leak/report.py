@@ -68,9 +68,15 @@ def tables(result: dict[str, Any]) -> dict[str, Table]:
     noise = [(p, _parts(result, p)) for p in ("encoder", "ablation") if _parts(result, p)]
     if noise:
         own = [pooled(e["own_noise"] for e in every) for _, every in noise]
-        rows = [[name, *(cell(one[name], False) for one in own)] for name in own[0]]
+        rows = [
+            [name, *(cell(list(one[name] / np.mean(one[attacks.USUAL])), False) for one in own)]
+            for name in own[0]
+        ]
         head = ["context", *({"encoder": "of B A", "ablation": "of factors"}[p] for p, _ in noise)]
-        found["Loss of victims' models on their own pictures"] = (head, rows)
+        found["Loss on victims' own pictures, over that under the mean of the trigger words"] = (
+            head,
+            rows,
+        )
     chains = _parts(result, "chain")
     if chains:
         rows = [_chain_row("true adapters", attack, None)] if attack else []
