@@ -177,7 +177,7 @@ def contexts_of(
     weights: Any,
     lora: Adapter,
     start: Adapter | None,
-    step: AnyArray,
+    step: AnyArray | int,
     key: Array,
     samples: int = 1,
 ) -> Float[Array, "tune sample context width"]:
