@@ -34,7 +34,7 @@ from jdetune.leak.learning import Lessons
 from jdetune.leak.tuning import Private, Training, begin
 
 PARTS = ("attack", "encoder", "ablation", "chain", "defences", "dp", "byproducts")
-#: Without the encoder, whose program takes minutes to compile.
+#: Without the encoder, whose training takes minutes.
 QUICK_PARTS = ("attack", "chain", "defences", "dp", "byproducts")
 _QUICK = flags.DEFINE_boolean("quick", False, "Smaller: one seed, fewer fine-tunes and rounds.")
 _SEEDS = flags.DEFINE_integer("seeds", None, "How many; 3, or 1 with --quick.", lower_bound=1)
@@ -52,7 +52,7 @@ EARLY = (5, 10, 20)
 def scale_of(quick: bool) -> tuple[Scale, Lessons, tuple[float, ...], int]:
     """Sizes: of the setting, of the encoder's training, DP's noises, fine-tunes for counting."""
     if quick:
-        return Scale(), Lessons(rounds=16), (0.0, 0.3, 5.0), 192
+        return Scale(), Lessons(rounds=40, side_by_side=16), (0.0, 0.3, 5.0), 192
     full = Scale(bank=4096, training=Training(steps=8000))
     return full, Lessons(rounds=400, side_by_side=64), defences.NOISES, 768
 
@@ -125,12 +125,13 @@ class Run:
     def encoder(self, reads: Any) -> dict[str, Any]:
         """The paper's encoder, trained and used on the victims."""
         s, recipe = self.setting, self.scale.recipe
-        reader = Reader(reads=reads)
+        reader = Reader(channels=recipe.rank, reads=reads)  # the paper's
         made, lora = self.last()
         private: Private = made.private
         weights, losses = learning.learn(
-            self.lessons, reader, recipe, self.scale.size, s.params, s.public, private, s.key(30)
-        )
+            self.lessons, reader, recipe, self.scale.size, s.params, s.public, private, s.key(30),
+            lambda _, done, total: self.say(f"encoder of {reads}: round {done} of {total}"),
+        )  # fmt: skip
         keys = jax.random.split(s.key(1), len(s.held))  # the victims' own, as in `fine_tune`
         start = jax.vmap(lambda k: begin(recipe, self.scale.size, jax.random.fold_in(k, 0))[0])(
             keys
@@ -148,6 +149,7 @@ class Run:
         return {
             **{name: attacks.scored(s, pictures) for name, pictures in found.items()},
             "losses": np.round(losses, 5).tolist(),
+            "own_noise": attacks.own_noise(s, reader, weights, lora, recipe.steps, given),
         }
 
 

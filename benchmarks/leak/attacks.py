@@ -10,12 +10,15 @@ import numpy as np
 from benchmarks.leak.setting import Made, Setting
 from jdetune.leak import learning, ridge, scoring
 from jdetune.leak.denoiser import WORDS, Adapter, vectors
-from jdetune.leak.encoder import Reader
+from jdetune.leak.diffusion import noise_loss
+from jdetune.leak.encoder import Reader, contexts_of
 from jdetune.leak.updates import products
 from jdetune.models import Params
 
 #: Pictures drawn of each victim under one prompt, and triggers guessed, a picture each.
 SAMPLES, GUESSES = 4, 24
+#: Noised pictures of each victim, to see how well a context predicts the noise.
+NOISED = 32
 HONEST, SILENT, RIDGE = "honest prompt (utility)", "without a prompt", "ridge on B A"
 USUAL = "mean of the trigger words"
 MEAN, NEAREST, RANDOM = "mean public picture", "nearest public fine-tune", "random triggers"
@@ -44,8 +47,7 @@ def drawn(
     size, params = setting.scale.size, setting.params if params is None else params
     honest = vectors(params, setting.victims.triggers)
     silent = jnp.broadcast_to(params[WORDS][size.empty], honest.shape)
-    usual = params[WORDS][slice(*setting.scale.training.rare)].mean(axis=0)
-    usual = jnp.broadcast_to(usual, honest.shape)
+    usual = usual_context(setting, params)
     found = {
         name: learning.draw(size, params, lora, context, SAMPLES, setting.key(number))
         for name, context in ((HONEST, honest), (SILENT, silent), (USUAL, usual))
@@ -56,6 +58,12 @@ def drawn(
         size, params, lora, vectors(params, words), GUESSES, setting.key(number)
     )
     return {**found, RANDOM: guessed}
+
+
+def usual_context(setting: Setting, params: Params) -> jax.Array:
+    """The mean of the words that triggers are made of, for every victim."""
+    usual = params[WORDS][slice(*setting.scale.training.rare)].mean(axis=0)
+    return jnp.broadcast_to(usual, (len(setting.held), setting.scale.size.context, len(usual)))
 
 
 def regressed(
@@ -95,3 +103,39 @@ def encoded(
         reader, setting.scale.size, setting.params, weights, lora, step, setting.key(21), start,
         SAMPLES, through,
     )  # fmt: skip
+
+
+def own_noise(
+    setting: Setting,
+    reader: Reader,
+    weights: Any,
+    lora: Adapter,
+    step: int,
+    start: Adapter | None = None,
+) -> dict[str, list[float]]:
+    """Loss of every victim's model on its own pictures, by context; the encoder is trained on it.
+
+    The mean of the encoder's contexts and the mean trigger word are the same for all victims.
+    """
+    size, own = setting.scale.size, setting.victims
+    made = contexts_of(reader, size, weights, lora, start, step, setting.key(22))[:, 0]
+    contexts = {
+        "encoder": made,
+        "encoder, another victim's": jnp.roll(made, 1, axis=0),
+        "encoder, mean of all": jnp.broadcast_to(made.mean(axis=0), made.shape),
+        USUAL: usual_context(setting, setting.params),
+        HONEST: vectors(setting.params, own.triggers),
+    }
+
+    @jax.jit
+    def losses(context: jax.Array) -> jax.Array:
+        def one(lora: Adapter, pictures: Any, count: Any, context: Any, key: Any) -> jax.Array:
+            pick = jax.random.randint(key, (NOISED,), 0, count)
+            where = jnp.broadcast_to(context, (NOISED, *context.shape))
+            key = jax.random.fold_in(key, 1)
+            return noise_loss(size, setting.params, lora, key, pictures[pick], where).mean()
+
+        keys = jax.random.split(setting.key(23), len(context))
+        return jax.vmap(one)(lora, own.pictures, own.counts, context, keys)
+
+    return {name: np.round(losses(one), 5).tolist() for name, one in contexts.items()}

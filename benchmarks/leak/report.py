@@ -65,6 +65,15 @@ def tables(result: dict[str, Any]) -> dict[str, Table]:
                 alone = pooled(e["base"] for e in every)
                 rows.append([f"encoder of {of}, drawn by the base", *_cells(alone)])
         found[f"Attacks on {victims} unseen victims"] = (["attack", *_HEAD], rows)
+    noise = [(p, _parts(result, p)) for p in ("encoder", "ablation") if _parts(result, p)]
+    if noise:
+        own = [_relative(pooled(e["own_noise"] for e in every)) for _, every in noise]
+        rows = [[name, *(cell(one[name], False) for one in own)] for name in own[0]]
+        head = ["context", *({"encoder": "of B A", "ablation": "of factors"}[p] for p, _ in noise)]
+        found["Loss on victims' own pictures, over that under the mean of the trigger words"] = (
+            head,
+            rows,
+        )
     chains = _parts(result, "chain")
     if chains:
         rows = [_chain_row("true adapters", attack, None)] if attack else []
@@ -100,6 +109,12 @@ def tables(result: dict[str, Any]) -> dict[str, Table]:
         ]  # fmt: skip
         found["By-products"] = (["what", "estimated from B A", "without the adapter"], rows)
     return found
+
+
+def _relative(losses: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Losses over their mean under the mean of the trigger words."""
+    unit = float(np.mean(losses[attacks.USUAL]))
+    return {name: [x / unit for x in one] for name, one in losses.items()}
 
 
 def _chain_row(name: str, seeds: list[Any], dtype: str | None) -> list[str]:

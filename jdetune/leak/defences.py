@@ -23,6 +23,8 @@ NF4 = np.array([
 ])  # fmt: skip
 #: Numbers that share a scale in NF4.
 BLOCK = 64
+#: One program for all layers of a shape.
+_inverse = jax.jit(inverse)
 
 
 def noised(adapter: Adapter, ratio: float, key: Array) -> dict[str, Lora]:
@@ -107,5 +109,5 @@ def refactored(adapter: Adapter, key: Array) -> dict[str, Lora]:
         rank = pair.a.shape[-2]
         shape = (*pair.a.shape[:-2], rank, rank)
         q = jax.random.normal(k, shape, jnp.float32) + 2 * jnp.eye(rank, dtype=jnp.float32)
-        found[path] = Lora(matmul(q, pair.a), matmul(pair.b, inverse(q)), pair.scaling)
+        found[path] = Lora(matmul(q, pair.a), matmul(pair.b, _inverse(q)), pair.scaling)
     return found

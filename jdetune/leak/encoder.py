@@ -83,17 +83,20 @@ class Encoder(nn.Module):
         return Linear(width, name="mean")(x), Linear(width, name="log_variance")(x)
 
     def _matrices(self, x: Array) -> Array:
-        """One token a matrix."""
+        """One token a matrix. All convolutions but the last are alike: one body, scanned."""
         matrices, channels, long = x.shape[1:]
-        normal = nn.initializers.normal((3 * channels) ** -0.5)
-        for i in range(CONVOLUTIONS):
-            out = channels if i < CONVOLUTIONS - 1 else 1
-            kernel = self.param(f"conv_{i}", normal, (matrices, out, channels, 3))
-            x = convolve(instance_norm(x), kernel)
-            x = jax.nn.leaky_relu(x) if i < CONVOLUTIONS - 1 else jnp.tanh(x)
-        normal = nn.initializers.normal(long**-0.5)
-        out = self.param("tokens", normal, (matrices, self.size.width, long))
-        return contract("bml,mwl->bmw", x[:, :, 0], out)
+        normal, shape = nn.initializers.normal((3 * channels) ** -0.5), (matrices, 3, channels)
+        kernels = self.param("convolutions", normal, (CONVOLUTIONS - 1, *shape, channels))
+        last = self.param("last", normal, (*shape, 1))
+        out = nn.initializers.normal(long**-0.5)
+        out = self.param("tokens", out, (matrices, self.size.width, long))
+
+        def layer(x: Array, kernel: Array) -> tuple[Array, None]:
+            return jax.nn.leaky_relu(convolve(instance_norm(x), kernel)), None
+
+        x, _ = lax.scan(layer, x.transpose(1, 2, 0, 3), kernels)
+        x = jnp.tanh(convolve(instance_norm(x), last))[:, 0]
+        return contract("mbl,mwl->bmw", x, out)
 
 
 def instance_norm(x: Float[Array, "*b long"]) -> Float[Array, "*b long"]:
@@ -108,13 +111,12 @@ def instance_norm(x: Float[Array, "*b long"]) -> Float[Array, "*b long"]:
 
 
 def convolve(
-    x: Float[Array, "b matrix channel long"], kernel: Float[Array, "matrix out channel 3"]
-) -> Float[Array, "b matrix out long"]:
+    x: Float[Array, "matrix channel b long"], kernel: Float[Array, "matrix 3 channel out"]
+) -> Float[Array, "matrix out b long"]:
     """Convolution along the last axis with zeros at the ends; every matrix has its own kernel."""
-    wide = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (1, 1)))
-    long = x.shape[-1]
-    taps = jnp.stack([wide[..., k : k + long] for k in range(3)], axis=3)
-    return contract("bmckl,mock->bmol", taps, kernel)
+    edge = ((0, 0),) * 3
+    before, after = jnp.pad(x, (*edge, (1, 0)))[..., :-1], jnp.pad(x, (*edge, (0, 1)))[..., 1:]
+    return contract("mkcbl,mkco->mobl", jnp.stack([before, x, after], axis=1), kernel)
 
 
 def init_encoder(reader: Reader, size: Size, key: Array, lora: Adapter) -> Any:
@@ -143,58 +145,61 @@ def init_encoder(reader: Reader, size: Size, key: Array, lora: Adapter) -> Any:
 
 def read(
     reader: Reader, weights: Any, lora: Adapter, start: Adapter | None
-) -> Float[Array, "matrix channel long"]:
-    """What the convolutions see of one adapter, on the scale of one.
+) -> Float[Array, "tune matrix channel long"]:
+    """What the convolutions see of adapters; they bring it to one scale themselves.
 
     Args:
       reader: of the encoder.
       weights: of the encoder.
-      lora: the adapter.
-      start: its factors before training; only for "factors".
+      lora: the adapters, with a leading axis.
+      start: their factors before training; only for "factors".
 
     Raises:
       ValueError: "factors" without a start, or factors of several lengths.
     """
     if reader.reads == "product":
         updates = jnp.asarray(products(lora))
-        rows = contract("lrc,lck->lkr", updates, weights["right"])
-        cols = contract("lrc,lrk->lkc", updates, weights["left"])
+        rows = contract("tlrc,lck->tlkr", updates, weights["right"])
+        cols = contract("tlrc,lrk->tlkc", updates, weights["left"])
     else:
         if start is None:
             raise ValueError("this encoder reads factors less their start: give the start.")
-        rows = jnp.stack([(lora[p].b - start[p].b).T for p in lora])
-        cols = jnp.stack([lora[p].a - start[p].a for p in lora])
+        rows = jnp.stack([(lora[p].b - start[p].b).swapaxes(-2, -1) for p in lora], axis=1)
+        cols = jnp.stack([lora[p].a - start[p].a for p in lora], axis=1)
     if rows.shape != cols.shape:
         raise ValueError(f"layers are not square: {rows.shape[-1]} rows, {cols.shape[-1]} columns")
-    return jnp.concatenate([rows, cols])
+    return jnp.concatenate([rows, cols], axis=1)
 
 
-def context_of(
+def contexts_of(
     reader: Reader,
     size: Size,
     weights: Any,
     lora: Adapter,
     start: Adapter | None,
-    step: AnyArray,
+    step: AnyArray | int,
     key: Array,
-) -> Float[Array, "context width"]:
-    """The context for one adapter's model.
+    samples: int = 1,
+) -> Float[Array, "tune sample context width"]:
+    """Contexts for the models of adapters.
 
     Args:
       reader: of the encoder; static.
       size: of the model; static.
       weights: of the encoder.
-      lora: the adapter.
-      start: its factors before training; only for "factors".
-      step: fine-tuning steps that it had, or was taken to have.
-      key: of the sample.
+      lora: the adapters, with a leading axis.
+      start: their factors before training; only for "factors".
+      step: fine-tuning steps that they had, or are taken to have had.
+      key: of the samples.
+      samples: of each context; all are the mean if the reader does not sample.
     """
-    seen = read(reader, weights, lora, start)[None]
+    seen = read(reader, weights, lora, start)
     network = {k: v for k, v in weights.items() if k not in ("right", "left")}
-    when = jnp.asarray(step, jnp.float32)[None]
+    when = jnp.full(len(seen), step, jnp.float32)
     found: Any = Encoder(reader, size).apply({"params": network}, seen, when)
-    mean, log_variance = found[0][0], found[1][0]
+    mean, log_variance = found[0][:, None], found[1][:, None]
+    shape = (len(seen), samples, *mean.shape[2:])
     if not reader.samples:
-        return mean
+        return jnp.broadcast_to(mean, shape)
     spread = jnp.exp(0.5 * jnp.clip(log_variance, -12.0, 4.0))
-    return mean + spread * jax.random.normal(key, mean.shape, mean.dtype)
+    return mean + spread * jax.random.normal(key, shape, mean.dtype)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from jdetune.leak.denoiser import Adapter, Size
 from jdetune.leak.diffusion import noise_loss, sample
-from jdetune.leak.encoder import Reader, context_of, init_encoder
+from jdetune.leak.encoder import Reader, contexts_of, init_encoder
 from jdetune.leak.tuning import Private, Progress, Public, Recipe, begin, descend, tune_step
 from jdetune.models.params import Params
 from jdetune.types import Array
@@ -68,22 +68,21 @@ def _round(
     start, optimizer = lora, lessons.optimizer(recipe.steps)
     step = partial(tune_step, recipe, size, params, public)
 
-    def loss_of(weights: Any, lora: Adapter, start: Adapter, mine: Private, k: Array, r: Array):
-        ks = jax.random.split(k, 3)
-        context = context_of(reader, size, weights, lora, start, r, ks[0])
-        pick = jax.random.randint(ks[1], (lessons.pictures,), 0, mine.counts)
-        where = jnp.broadcast_to(context, (lessons.pictures, *context.shape))
-        return jnp.mean(noise_loss(size, params, lora, ks[2], mine.pictures[pick], where))
+    def own_loss(lora: Adapter, mine: Private, context: Array, k: Array) -> Array:
+        ks = jax.random.split(k)
+        pick = jax.random.randint(ks[0], (lessons.pictures,), 0, mine.counts)
+        where = jnp.broadcast_to(context, (lessons.pictures, *context.shape[1:]))
+        return jnp.mean(noise_loss(size, params, lora, ks[1], mine.pictures[pick], where))
 
     def body(carry: Any, number: Array) -> tuple[Any, Array]:
         lora, own, weights, state = carry
         now = jax.vmap(lambda k: jax.random.fold_in(k, number + 1))(keys)
         lora, own = jax.vmap(step)(private, lora, own, now)
-        then = jax.vmap(lambda k: jax.random.fold_in(k, 7))(now)
+        for_sample, *then = jax.random.split(jax.random.fold_in(now[0], 7), len(keys) + 1)
 
         def mean_loss(w: Any) -> Array:
-            each = jax.vmap(loss_of, in_axes=(None, 0, 0, 0, 0, None))
-            return jnp.mean(each(w, lora, start, private, then, number + 1))
+            contexts = contexts_of(reader, size, w, lora, start, number + 1, for_sample)
+            return jnp.mean(jax.vmap(own_loss)(lora, private, contexts, jnp.stack(then)))
 
         value, gradient = jax.value_and_grad(mean_loss)(weights)
         return (lora, own, *descend(optimizer, gradient, weights, state)), value
@@ -145,13 +144,11 @@ def _reconstruct(
     samples: int,
     key: Array,
 ) -> Array:
-    def one(seen: Adapter, start: Adapter | None, own: Adapter, k: Array) -> Array:
-        each = jax.random.split(k, samples + 1)
-        make = lambda kk: context_of(reader, size, weights, seen, start, step, kk)  # noqa: E731
-        return sample(size, params, own, each[-1], jax.vmap(make)(each[:-1]))
-
-    tunes = len(next(iter(lora[0].values())).a)
-    return jax.vmap(one)(*lora, jax.random.split(key, tunes))
+    seen, start, through = lora
+    for_contexts, for_noise = jax.random.split(key)
+    contexts = contexts_of(reader, size, weights, seen, start, step, for_contexts, samples)
+    keys = jax.random.split(for_noise, len(contexts))
+    return jax.vmap(partial(sample, size, params))(through, keys, contexts)
 
 
 def reconstruct(

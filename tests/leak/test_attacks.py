@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jdetune.errors import InputError
@@ -49,11 +50,9 @@ def test_refactored_factors_change_neither_products_nor_regression_nor_the_encod
         reader = encoder.Reader(4, 1, 2, reads, samples=False)  # pyright: ignore[reportArgumentType]
         pick = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
         weights = encoder.init_encoder(reader, SIZE, jax.random.key(0), pick(lora))
-        start = jax.tree.map(jnp.zeros_like, pick(lora))
+        start, key = jax.tree.map(jnp.zeros_like, lora), jax.random.key(1)
         contexts = [
-            encoder.context_of(
-                reader, SIZE, weights, pick(one), start, jnp.float32(3), jax.random.key(1)
-            )
+            encoder.contexts_of(reader, SIZE, weights, one, start, jnp.float32(3), key)
             for one in (lora, other)
         ]
         same = bool(jnp.allclose(*contexts, atol=2e-2))
@@ -86,16 +85,14 @@ def test_ridge_is_the_textbook_formula_and_its_left_out_error_is_the_honest_one(
 
 def test_convolution_is_numpys_for_every_matrix_by_itself():
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 3, 4, 9)).astype(np.float32)
-    kernel = rng.standard_normal((3, 5, 4, 3)).astype(np.float32)
+    x = rng.standard_normal((3, 4, 2, 9)).astype(np.float32)
+    kernel = rng.standard_normal((3, 3, 4, 5)).astype(np.float32)
     found = np.asarray(encoder.convolve(jnp.asarray(x), jnp.asarray(kernel)))
-    expected = np.zeros((2, 3, 5, 9))
-    for b in range(2):
-        for m in range(3):
-            for o in range(5):
-                expected[b, m, o] = sum(
-                    np.convolve(x[b, m, c], kernel[m, o, c, ::-1], "same") for c in range(4)
-                )
+    expected = np.zeros((3, 5, 2, 9))
+    for m, o, b in np.ndindex(3, 5, 2):
+        expected[m, o, b] = sum(
+            np.convolve(x[m, c, b], kernel[m, ::-1, c, o], "same") for c in range(4)
+        )
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -108,6 +105,29 @@ def test_what_does_not_vary_passes_no_gradient_on():
     slope = jax.grad(lambda x: jnp.sum(encoder.instance_norm(x) ** 3))(x)
     np.testing.assert_array_equal(slope[0], 0)
     assert np.isfinite(np.asarray(slope)).all()
+
+
+@pytest.mark.parametrize("reads", ["product", "factors"])
+def test_the_encoder_can_say_which_adapter_it_reads(reads):
+    """Four adapters, a wanted context each: the best constant context leaves their variance."""
+    reader = encoder.Reader(channels=2, mixer=1, heads=2, reads=reads, samples=False)
+    lora, rng = adapters(4), np.random.default_rng(2)
+    start = jax.tree.map(jnp.zeros_like, lora)
+    wanted = jnp.asarray(rng.standard_normal((4, 1, SIZE.context, SIZE.width)), jnp.float32)
+    constant = float(jnp.mean((wanted - wanted.mean(axis=0)) ** 2))
+    key, optimizer = jax.random.key(0), optax.adam(3e-3)
+    weights = encoder.init_encoder(reader, SIZE, key, jax.tree.map(lambda x: x[0], lora))
+
+    def loss(weights):
+        return jnp.mean(
+            (encoder.contexts_of(reader, SIZE, weights, lora, start, 3, key) - wanted) ** 2
+        )
+
+    def step(_, carry):
+        return tuning.descend(optimizer, jax.grad(loss)(carry[0]), *carry)
+
+    weights, _ = jax.jit(lambda w: jax.lax.fori_loop(0, 150, step, (w, optimizer.init(w))))(weights)
+    assert float(loss(weights)) < 0.1 * constant
 
 
 @pytest.mark.slow
@@ -132,9 +152,8 @@ def test_the_encoder_learns_and_draws(reads):
 
 def test_an_encoder_of_factors_needs_their_start():
     reader = encoder.Reader(reads="factors")
-    one = jax.tree.map(lambda x: x[0], adapters(1))
     with pytest.raises(ValueError, match="give the start"):
-        encoder.read(reader, {}, one, None)
+        encoder.read(reader, {}, adapters(1), None)
 
 
 class TestScores:
