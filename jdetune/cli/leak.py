@@ -86,11 +86,15 @@ def render(value: dict[str, Any]) -> str:
         measured = value["measured"].get(name)
         right = "-" if measured is None else f"{measured:.0%}"
         rows.append([name, common.fixed(seen["likeness"], 3), place, right])
+    count = value["count"]
+    counted = (
+        "not estimated: the bank has one number only" if count is None else f"{count} (estimated)"
+    )
     lines = [
         f"{'adapter':<24}{value['adapter']}",
         f"{'verdict':<24}{verdict}",
         f"{'class of the pictures':<24}{value['class']} (estimated)",
-        f"{'training pictures':<24}{'-' if value['count'] is None else value['count']} (estimated)",
+        f"{'training pictures':<24}{counted}",
         f"{'attacks agree':<24}{value['agreement']:.3f} (cosine; 1 is the same identity)",
         "",
         common.table(["attack", "likeness", "place", "right on the bank's victims"], rows),
