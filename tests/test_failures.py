@@ -127,9 +127,16 @@ def change(path):
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-@pytest.mark.parametrize("harm", [vanish, shrink, change])
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (vanish, "vanished"),
+        (shrink, "changed while|shrank while"),  # whichever looks first
+        (change, "changed while"),
+    ],
+)
 @pytest.mark.parametrize("when", [("compare", 1), ("recover", 1), ("recover", 4)])
-def test_a_model_that_is_harmed_while_it_is_used(tmp_path, monkeypatch, zoo, harm, when):
+def test_a_model_that_is_harmed_while_it_is_used(tmp_path, monkeypatch, zoo, harm, said, when):
     # else all of it may have been read by then, and nothing is lost
     monkeypatch.setattr(pipeline, "writing_ahead", lambda *_: contextlib.nullcontext({}))
     family, teller, whole = zoo
@@ -140,7 +147,7 @@ def test_a_model_that_is_harmed_while_it_is_used(tmp_path, monkeypatch, zoo, har
         if (stage, count) == when and not done:
             done.append(harm(file))
 
-    with pytest.raises(InputError, match="vanished|changed while|shrank while") as caught:
+    with pytest.raises(InputError, match=said) as caught:
         pipeline.run(family.paths, out, progress=harming, recover_fn=teller)
     assert caught.value.exit_code == 3
     # all was compared already where the threads that compare were ahead of what is told
