@@ -1,6 +1,7 @@
 """The attacks and their baselines on one set of victims."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,6 @@ import numpy as np
 from benchmarks.leak.setting import Made, Setting
 from jdetune.leak import learning, ridge, scoring
 from jdetune.leak.denoiser import WORDS, Adapter, vectors
-from jdetune.leak.diffusion import noise_loss
 from jdetune.leak.encoder import Reader, contexts_of
 from jdetune.leak.updates import products
 from jdetune.models import Params
@@ -127,15 +127,10 @@ def own_noise(
         HONEST: vectors(setting.params, own.triggers),
     }
 
-    @jax.jit
-    def losses(context: jax.Array) -> jax.Array:
-        def one(lora: Adapter, pictures: Any, count: Any, context: Any, key: Any) -> jax.Array:
-            pick = jax.random.randint(key, (NOISED,), 0, count)
-            where = jnp.broadcast_to(context, (NOISED, *context.shape))
-            key = jax.random.fold_in(key, 1)
-            return noise_loss(size, setting.params, lora, key, pictures[pick], where).mean()
-
-        keys = jax.random.split(setting.key(23), len(context))
-        return jax.vmap(one)(lora, own.pictures, own.counts, context, keys)
-
-    return {name: np.round(losses(one), 5).tolist() for name, one in contexts.items()}
+    keys = jax.random.split(setting.key(23), len(own))
+    keys = jnp.stack([keys, jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)], axis=1)
+    loss = partial(learning.own_loss, size, setting.params, NOISED)
+    losses = jax.jit(jax.vmap(loss))
+    return {
+        name: np.round(losses(lora, own, one, keys), 5).tolist() for name, one in contexts.items()
+    }

@@ -49,6 +49,31 @@ class Lessons:
         return optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), adamw))
 
 
+def own_loss(
+    size: Size,
+    params: Params,
+    noised: int,
+    lora: Adapter,
+    private: Private,
+    context: Float[Array, "context width"],
+    keys: Any,
+) -> Float[Array, ""]:
+    """Mean noise loss of a fine-tune's model on its own pictures under one context.
+
+    Args:
+      size: of the model.
+      params: base weights.
+      noised: pictures that are drawn and noised.
+      lora: the adapter.
+      private: what it was tuned on, without the leading axis.
+      context: under which the noise is predicted.
+      keys: two, of the draw and of the noise.
+    """
+    pick = jax.random.randint(keys[0], (noised,), 0, private.counts)
+    where = jnp.broadcast_to(context, (noised, *context.shape))
+    return jnp.mean(noise_loss(size, params, lora, keys[1], private.pictures[pick], where))
+
+
 @partial(jax.jit, static_argnums=(0, 1, 3), donate_argnums=(6, 7))
 def _round(
     lessons: Lessons,
@@ -67,12 +92,7 @@ def _round(
     lora, own = jax.vmap(lambda k: begin(recipe, size, jax.random.fold_in(k, 0)))(keys)
     start, optimizer = lora, lessons.optimizer(recipe.steps)
     step = partial(tune_step, recipe, size, params, public)
-
-    def own_loss(lora: Adapter, mine: Private, context: Array, k: Array) -> Array:
-        ks = jax.random.split(k)
-        pick = jax.random.randint(ks[0], (lessons.pictures,), 0, mine.counts)
-        where = jnp.broadcast_to(context, (lessons.pictures, *context.shape[1:]))
-        return jnp.mean(noise_loss(size, params, lora, ks[1], mine.pictures[pick], where))
+    loss = partial(own_loss, size, params, lessons.pictures)
 
     def body(carry: Any, number: Array) -> tuple[Any, Array]:
         lora, own, weights, state = carry
@@ -82,7 +102,8 @@ def _round(
 
         def mean_loss(w: Any) -> Array:
             contexts = contexts_of(reader, size, w, lora, start, number + 1, for_sample)
-            return jnp.mean(jax.vmap(own_loss)(lora, private, contexts, jnp.stack(then)))
+            pairs = jax.vmap(jax.random.split)(jnp.stack(then))
+            return jnp.mean(jax.vmap(loss)(lora, private, contexts[:, 0], pairs))
 
         value, gradient = jax.value_and_grad(mean_loss)(weights)
         return (lora, own, *descend(optimizer, gradient, weights, state)), value
