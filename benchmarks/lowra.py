@@ -45,7 +45,7 @@ from benchmarks import (  # noqa: E402
     tables,
 )
 from benchmarks.lowra_plans import Plan  # noqa: E402
-from jdetune.bench import protocol, report  # noqa: E402
+from jdetune.bench import ledger, protocol, report  # noqa: E402
 from jdetune.bench.layers import Source, merge, spread  # noqa: E402
 from jdetune.bench.methods import Task  # noqa: E402
 from jdetune.bench.methods import run as run_method  # noqa: E402
@@ -126,7 +126,7 @@ def side_by_side(plans: list[Plan], workers: int) -> None:
 
 def cells_on_disk(out: Path) -> int:
     """Results of all subsets, other settings' among them."""
-    return sum(path.read_text().count('"status":') for path in out.glob("*/cells.jsonl"))
+    return sum(ledger.count_cells(path) for path in out.glob(f"*/{ledger.NAME}"))
 
 
 def run_plan(plan: Plan, source: Source, out: Path, progress: Any) -> dict[str, Any]:

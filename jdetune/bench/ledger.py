@@ -82,6 +82,11 @@ class Ledger:
             ) from error
 
 
+def count_cells(path: Path) -> int:
+    """Cells of a ledger, whatever its settings are."""
+    return sum(_key(line) is not None for line in _lines(path))
+
+
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Lines that are whole."""
     try:
