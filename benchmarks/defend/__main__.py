@@ -70,13 +70,13 @@ def measure(
     result["settings"] = settings
     probe, begin = None, time.perf_counter() - result["seconds"]
     used = time.process_time() - result["processor"]
-    names = [case.name for case in cases.cases()]
+    every = {case.name: case for case in cases.cases()}
+    names = list(every)
     chosen = [name for name in names if name.startswith(tuple(only))]
     for name, count, step in _steps(result, chosen, paper):
         probe = probe or attacks.Probe(of, real_models.weights_file("minilm").parent)
-        case = next(case for case in cases.cases() if case.name == name)
-        release = case.defend(of)
-        by = attacks.Countered(of, release, case, count)
+        release = every[name].defend(of)
+        by = attacks.Countered(of, release, every[name], count)
         if step == "paper":
             found = result["paper"][name] = attacks.papers(by)
         else:
@@ -160,8 +160,9 @@ def main(argv: list[str]) -> int:
     text = page.text(result)
     print(text)
     if _DOCS.value:
-        page.put(text, ROOT / "docs" / "defend.md")
-        shutil.copy(path.with_suffix(".png"), ROOT / "docs" / "defend.png")
+        docs = ROOT / "docs" / "defend.md"
+        docs.write_text(tables.put_between(docs.read_text(), page.MARKED, text))
+        shutil.copy(path.with_suffix(".png"), docs.with_suffix(".png"))
     found = page.checks(result)
     print(f"\n{tables.checks_table(found)}")
     return tables.exit_code(found)

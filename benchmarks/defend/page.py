@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import Check, at_most, table
 
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+#: Of the markers in docs/defend.md.
+MARKED = "measured"
 #: A base counts as recovered from this many decades below the mean of the models.
 DECADES = 2.0
 #: Rounding to float32 in another basis, through six blocks.
@@ -79,13 +79,6 @@ def text(result: Mapping[str, Any]) -> str:
         table(["defence", *(f"n = {n}" for n in counts)], third),
     ]  # fmt: skip
     return "\n\n".join(parts)
-
-
-def put(new: str, path: Path) -> None:
-    """Replaces what stands between the markers of a page."""
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}")
 
 
 def checks(result: Mapping[str, Any]) -> list[Check]:

@@ -6,6 +6,7 @@ Along b nothing tells the base from the updates, and the mean of the models stan
 """
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
@@ -55,15 +56,21 @@ def without_common(stack: Float[np.ndarray, "model row col"], rms: float | None 
     shared = np.zeros((row, row))
     for i, j in pairs:
         u, values, _ = np.linalg.svd(wide[i] - wide[j], full_matrices=False)
-        edge = _edge(stack[i], stack[j])
-        if rms is not None:
-            edge = rms * float(np.sum(np.sqrt(2.0 * np.array(stack.shape[1:]))))
+        if rms is None:
+            edge = _edge(stack[i], stack[j])
+        else:
+            edge = np.sqrt(2.0) * rms * white_edge(stack.shape[1:])
         u = u[:, values > _CLEAR * edge]
         shared += np.matmul(u, u.T) / len(pairs)
     found, vectors = np.linalg.eigh(shared)
     directions = vectors[:, found > _COMMON]
     along = np.matmul(directions, np.matmul(directions.T, wide))
     return Across((wide - along).astype(stack.dtype), directions, np.mean(along, axis=0))
+
+
+def white_edge(shape: Sequence[int]) -> float:
+    """Largest singular value of white noise of unit variance, [row, col]."""
+    return float(np.sum(np.sqrt(shape)))
 
 
 def _edge(one: np.ndarray, two: np.ndarray) -> float:

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
+from jdetune.defend.common import white_edge
 from jdetune.defend.coordinates import Change, moved
 
 #: The step's rms over that of the residual, so that both together stay within what is known.
@@ -96,9 +97,4 @@ def rounding_rms(
         steps = np.ldexp(float(ml_dtypes.finfo(tensor.dtype).eps), exponent - 1)
         errors[name] = rng.uniform(-0.5, 0.5, tensor.shape) * steps
     errors = moved(errors, changes)
-    return {n: float(np.linalg.norm(errors[n], 2) / _edge(errors[n].shape)) for n in names}
-
-
-def _edge(shape: tuple[int, ...]) -> float:
-    """Largest singular value of white noise."""
-    return float(np.sum(np.sqrt(shape)))
+    return {n: float(np.linalg.norm(errors[n], 2) / white_edge(errors[n].shape)) for n in names}

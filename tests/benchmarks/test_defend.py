@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from benchmarks import tables
 from benchmarks.defend import __main__ as main
 from benchmarks.defend import attacks, page
 
@@ -74,11 +75,11 @@ def test_a_wrong_base_under_ok_fails_the_check():
     assert not all(check.passed for check in page.checks(found))
 
 
-def test_tables_go_between_the_markers(tmp_path):
-    path = tmp_path / "page.md"
-    path.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
-    page.put("new", path)
-    assert path.read_text() == f"before\n{page.BEGIN}\nnew\n{page.END}\nafter\n"
+def test_tables_go_between_the_markers():
+    begin, end = (f"<!-- {page.MARKED}: {part} -->" for part in ("begin", "end"))
+    found = tables.put_between(f"before\n{begin}\nold\n{end}\nafter\n", page.MARKED, "new")
+    assert found == f"before\n{begin}\nnew\n{end}\nafter\n"
+    assert (main.ROOT / "docs" / "defend.md").read_text().count(begin) == 1
 
 
 def test_distance_of_unit_vectors_is_one_minus_cosine():
