@@ -21,9 +21,8 @@ import jax
 from absl import app, flags
 
 from benchmarks import tables
-from benchmarks.watch import figures
+from benchmarks.watch import EXPERIMENTS, figures
 
-EXPERIMENTS = ("unlearning", "backdoors", "real", "chat", "audit", "recovered", "evasion")
 _NAME = flags.DEFINE_enum("experiment", None, EXPERIMENTS, "Which one.", required=True)
 _QUICK = flags.DEFINE_boolean("quick", False, "Fewer seeds and inputs, to see that it runs.")
 _SEEDS = flags.DEFINE_integer("seeds", None, "How many; 5, or 1 with --quick.", lower_bound=1)

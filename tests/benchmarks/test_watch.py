@@ -1,10 +1,13 @@
 """The data and measures of the watch experiments are what they say."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from benchmarks import tables
+from benchmarks.watch import EXPERIMENTS, scoring, toy, unlearning
 from benchmarks.watch import language as lang
-from benchmarks.watch import scoring, toy, unlearning
 from jdetune.leak import defences
 
 N = 400
@@ -112,3 +115,9 @@ def test_trained_models_are_kept_as_they_are(tmp_path):
     assert len(calls) == 1
     np.testing.assert_array_equal(params["a.weight"], made["base/a.weight"])
     np.testing.assert_array_equal(toy.flat(params, loras)["one/b/b"], made["one/b/b"])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_page_has_a_place_for_every_experiment(name):
+    page = (Path(__file__).parents[2] / "docs" / "watch.md").read_text()
+    assert "\nfound\n" in tables.put_between(page, name, "found")
