@@ -134,9 +134,7 @@ PLANS = {
             False,
             "mistral-7b-v0.1-sft",
             1000,
-            counts=(3, 8),
-            repeats=1,
-            layers=2,
+            layers=1,
             like="smollm2-sft",
             about="Stand-in: random matrices of Mistral-7B's attention shapes, rank 64, with "
             "spectra, sizes and overlaps measured on a real subset. No real weight is in it.",
