@@ -121,7 +121,7 @@ def form(
       block: one block.
       set_name: the adapters.
     """
-    counts, paper = ([3], None) if quick else ([3, 4, 5, 8], 5)
+    counts, paper = ([3], None) if quick else ([3, 4, 5, 8], page.PAPER_MODELS)
     of = cases.family(set_name, quick or block)
     settings = {
         "set": set_name,

@@ -61,6 +61,13 @@ def test_tables_name_the_fewest_models_and_every_refusal():
     assert "| heads | NOT_LOW_RANK | -18.00 |" in lines
 
 
+def test_what_only_the_papers_solver_gets_through_does_not_protect():
+    rows = {3: row("noise", 3, REFUSED), 5: row("noise", 5, REFUSED), 8: row("noise", 8, REFUSED)}
+    assert page.needed(rows, {**GOOD, "w_error": -10.0}) == "5, by the paper's solver"
+    assert page.needed(rows, {**GOOD, "w_error": -6.5}) == "more than 8"
+    assert page.needed(rows) == "more than 8"
+
+
 def test_more_models_are_tried_until_they_are_enough():
     found = result()
     found["settings"]["n"] = [3, 5, 8]
