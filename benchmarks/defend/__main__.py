@@ -1,6 +1,6 @@
 """What protects a release from recovery: every defence, its cost, recovery before and after.
 
-    python -m benchmarks.defend --quick          # one block, n = 3
+    python -m benchmarks.defend --quick          # one block, n = 3, ten of the 14 rows
     python -m benchmarks.defend --block --docs   # one block, n = 3, 4, 5, 8; docs/defend.md
     python -m benchmarks.defend                  # the whole model, n = 3, 4, 5, 8
     python -m benchmarks.defend --again --docs   # tables and figure of a former run
@@ -35,9 +35,11 @@ from benchmarks.watch import figures  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 _SET = flags.DEFINE_enum("set", "minilm-same", ["minilm-same", "minilm-distinct"], "Adapters.")
-_QUICK = flags.DEFINE_boolean("quick", False, "One block, n = 3, without the paper's solver.")
+_QUICK = flags.DEFINE_boolean(
+    "quick", False, "One block, n = 3, fewer defences, without the paper's solver."
+)
 _BLOCK = flags.DEFINE_boolean("block", False, "One block, all else as in the full form.")
-_ONLY = flags.DEFINE_list("only", [""], "Defences whose names begin so; others are left as known.")
+_ONLY = flags.DEFINE_list("only", [], "Defences whose names begin so; others are left as known.")
 _OUT = flags.DEFINE_string("out", "defend-out", "Folder for defend.json and defend.png.")
 _DOCS = flags.DEFINE_boolean("docs", False, "Write the tables and the figure of docs/defend.md.")
 _AGAIN = flags.DEFINE_boolean("again", False, "Tables and figure of a former run.")
@@ -47,7 +49,7 @@ def measure(
     of: cases.Family,
     settings: dict[str, Any],
     paper: int | None,
-    only: Sequence[str],
+    chosen: Sequence[str],
     say: Callable[[str], None],
     known: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
@@ -57,7 +59,7 @@ def measure(
       of: the models.
       settings: of the run, for the page.
       paper: number of models at which the paper's solver runs; it does not if None.
-      only: what names of defences begin with.
+      chosen: names of the defences that are run.
       say: told of every step.
       known: what a former run on the same models had, which is not run again.
 
@@ -72,7 +74,6 @@ def measure(
     used = time.process_time() - result["processor"]
     every = {case.name: case for case in cases.cases()}
     names = list(every)
-    chosen = [name for name in names if name.startswith(tuple(only))]
     for name, count, step in _steps(result, chosen, paper):
         probe = probe or attacks.Probe(of, real_models.weights_file("minilm").parent)
         release = every[name].defend(of)
@@ -137,6 +138,13 @@ def form(
     return of, settings, paper
 
 
+def _chosen() -> list[str]:
+    """Names of the defences that the flags ask for."""
+    if _ONLY.value:
+        return [case.name for case in cases.cases() if case.name.startswith(tuple(_ONLY.value))]
+    return [case.name for case in cases.cases() if case.quick or not _QUICK.value]
+
+
 def main(argv: list[str]) -> int:
     """Runs the benchmark; 1 if a check fails."""
     if len(argv) > 1:
@@ -153,7 +161,7 @@ def main(argv: list[str]) -> int:
 
         machine = f"{jax.default_backend()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
         of, settings, paper = form(_QUICK.value, _BLOCK.value, _SET.value)
-        for so_far in measure(of, settings, paper, _ONLY.value, say, result):
+        for so_far in measure(of, settings, paper, _chosen(), say, result):
             result = so_far | {"machine": machine}
             path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     figures.write(page.draw, result, path.with_suffix(".png"))

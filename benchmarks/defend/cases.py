@@ -75,11 +75,13 @@ class Case:
       name: in words.
       defend: makes the release.
       counters: what the attacker does before recovery: "align", "across".
+      quick: whether the quick form has it.
     """
 
     name: str
     defend: Callable[[Family], Release]
     counters: tuple[str, ...] = ()
+    quick: bool = True
 
 
 def family(set_name: str, one_block: bool = False, count: int = MODELS) -> Family:
@@ -130,20 +132,26 @@ def cases() -> list[Case]:
             "common direction, 0.1; heads rotated, units reordered",
             lambda of: turned(dataclasses.replace(of, models=_common(of, share=0.1).models)),
             ("align", "across"),
+            quick=False,
         ),
         Case("dense noise, 0.01 of the update", partial(_noise, share=0.01)),
         Case("dense noise, 1 of the update", partial(_noise, share=1.0)),
         Case("int8, a scale a row", partial(_rounded, grid="int8")),
         Case("residual of rank 128, 0.1 of the update", partial(_ranked, rank=128, share=0.1)),
         Case("heads mixed (values 1/4 to 4), units reordered", mixed, ("align",)),
-        Case("common direction, 1 of the update", partial(_common, share=1.0), ("across",)),
+        Case("common direction, 1 of the update", partial(_common, share=1.0), ("across",), False),
         Case("bfloat16", partial(_rounded, grid="bfloat16")),
         Case(
             "heads rotated, units reordered, bfloat16",
             lambda of: _rounded(turned(of), of.targets, grid="bfloat16"),
             ("align",),
+            quick=False,
         ),
-        Case("residual of rank 64, 0.1 of the update", partial(_ranked, rank=64, share=0.1)),
+        Case(
+            "residual of rank 64, 0.1 of the update",
+            partial(_ranked, rank=64, share=0.1),
+            quick=False,
+        ),
     ]
 
 
