@@ -234,7 +234,7 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
       say: told of every row.
       cache: folder for LoRAs and rows.
     """
-    calibrated, tested, steps = (800, 150, 120) if quick else (2000, 400, 120)
+    calibrated, tested, steps = (800, 150, 240) if quick else (2000, 400, 240)
     cases = QUICK_CASES if quick else CASES
     rows: dict[str, list[Any]] = {case: [] for case in cases}
     path = cache / "chat-known.json"
