@@ -3,6 +3,7 @@
     python -m benchmarks.leak --quick
     python -m benchmarks.leak --seeds=5
     python -m benchmarks.leak --again          # tables and figures of a former run
+    python -m benchmarks.leak --again --docs   # the same, and into docs/leak.md and docs/leak
     python -m benchmarks.leak --quick --bank=bank --parts=attack
 
 Every part of every seed is kept in ``--out`` as soon as it is known, and the same command goes on
@@ -12,6 +13,7 @@ with the others.
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import time
 from functools import partial
@@ -43,8 +45,10 @@ _OUT = flags.DEFINE_string("out", "leak-out", "Folder for leak.json and figures.
 _BANK = flags.DEFINE_string(
     "bank", None, "Also write the first seed's bank for jdetune leak audit."
 )
+_DOCS = flags.DEFINE_boolean("docs", False, "Put tables and figures into docs/leak.md.")
 _AGAIN = flags.DEFINE_boolean("again", False, "Tables and figures of a former run.")
 
+DOCS = Path(__file__).parent.parent.parent / "docs"
 #: Steps after which fine-tunes are also looked at.
 EARLY = (5, 10, 20)
 
@@ -199,11 +203,21 @@ def main(argv: list[str]) -> int:
 
 def show(result: dict[str, Any], out: Path) -> int:
     """Prints tables and checks, and draws figures."""
-    print(f"settings: {json.dumps(result['settings'])}")
-    print(f"{len(result['seeds'])} seeds, {result['seconds']} s on {result.get('machine')}")
-    for title, (header, rows) in report.tables(result).items():
-        print(f"\n{title}\n\n{tables.table(header, rows)}")
+    count, machine = len(result["seeds"]), result.get("machine")
+    said = f"{count} seeds, {result['seconds']} s on {machine}. Settings: "
+    parts = [f"{said}`{json.dumps(result['settings'])}`"]
+    parts += [
+        f"### {title}\n\n{tables.table(header, rows)}"
+        for title, (header, rows) in report.tables(result).items()
+    ]
+    text = "\n\n".join(parts)
+    print(text)
     report.draw(result, out)
+    if _DOCS.value:
+        page = DOCS / "leak.md"
+        page.write_text(tables.put_between(page.read_text(), "measured", text))
+        for figure in out.glob("*.png"):
+            shutil.copy(figure, DOCS / "leak")
     found = report.checks(result)
     print(f"\n{tables.checks_table(found)}")
     return tables.exit_code(found)
