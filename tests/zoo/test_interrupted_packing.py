@@ -198,7 +198,7 @@ def test_programs_killed_at_random_moments(tmp_path, capsys):
     packing_takes = timed([*pack, f"--out={whole}"])
     unpacking_takes = timed([*program, "unpack", str(whole), f"--out={tmp_path / 'back'}"])
     killed = runs = 0
-    while killed < 50 and runs < 100:
+    while killed < 50 and runs < 40:
         store, back = tmp_path / f"store-{runs}", tmp_path / f"back-{runs}"
         killed += kill_at_random([*pack, f"--out={store}"], store, rng, packing_takes, 8)
         unpack = [*program, "unpack", str(store), f"--out={back}"]
