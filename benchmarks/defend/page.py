@@ -28,9 +28,9 @@ def words(found: Mapping[str, Any]) -> str:
     return f"{status}: {found['w_error']:.2f}, exact {found['exact']:.3f}{part}"
 
 
-def recovered(row: Mapping[str, Any], part: str = "after") -> bool:
+def recovered(row: Mapping[str, Any]) -> bool:
     """Whether every matrix has a base, far nearer to the truth than the mean of the models."""
-    found = row[part]
+    found = row["after"]
     whole = found["with_base"] == found["matrices"] and found["w_error"] is not None
     return whole and found["w_error"] < row["mean"] - DECADES
 
@@ -46,7 +46,7 @@ def needed(rows: Mapping[int, Mapping[str, Any]], paper: Mapping[str, Any] | Non
     if enough:
         return str(min(enough))
     known = rows.get(PAPER_MODELS)
-    if paper is not None and known is not None and recovered({**known, "paper": paper}, "paper"):
+    if paper is not None and known is not None and recovered({**known, "after": paper}):
         return f"{PAPER_MODELS}, by the paper's solver"
     return f"more than {max(rows)}"
 
