@@ -31,7 +31,7 @@ from jdetune.watch.monitor import Extremes, extremes
 from jdetune.watch.names import writer
 from jdetune.watch.recording import in_batches
 
-CASES, QUICK_CASES = ("backdoor", "RMU", "unknown"), ("backdoor",)
+CASES = ("backdoor", "RMU", "unknown")
 METHODS = ("update", "raw weights", "random")
 TOP_K, SWEEP, ROWS = 4, (1, 2, 4), 25
 #: Tokens of a prompt.
@@ -229,14 +229,13 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
     """The experiment: a LoRA of each case a seed; rows that are there are not made again.
 
     Args:
-      quick: fewer inputs, and the backdoor alone.
+      quick: fewer inputs.
       seeds: of triggers, facts, LoRAs and inputs.
       say: told of every row.
       cache: folder for LoRAs and rows.
     """
     calibrated, tested, steps = (800, 150, 240) if quick else (2000, 400, 240)
-    cases = QUICK_CASES if quick else CASES
-    rows: dict[str, list[Any]] = {case: [] for case in cases}
+    rows: dict[str, list[Any]] = {case: [] for case in CASES}
     path = cache / "chat-known.json"
     known = toy.row_kept(path, lambda: {"known": known_countries(*loaded())})["known"]
     say(f"the model knows {len(known)} of {len(prompts.CAPITALS)} capitals")
@@ -258,7 +257,7 @@ def run(quick: bool, seeds: int, say: Callable[[str], None], cache: Path) -> dic
         return judge(module, params, lora, sets, case, seed)
 
     for seed in range(seeds):
-        for case in cases:
+        for case in CASES:
             path = cache / f"chat-{case}-{seed}-{calibrated}-{steps}.json"
             row = toy.row_kept(path, partial(row_of, case, seed))
             rows[case].append(row)
