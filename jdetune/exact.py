@@ -61,12 +61,17 @@ def _outside(error: Array, units: Array, softness: Array, known: Array) -> Float
     An error uniform on one unit plus a normal one of small deviation s leaves its interval by a
     mean square of 0.532 s^3.
     """
-    outside = jnp.maximum(jnp.abs(error) / units - 0.5, 0)
-    deviation = jnp.sqrt(softness) / units
-    counts = known & (deviation < 0.3)
-    seen = _mean_where(counts, jnp.minimum(jnp.square(outside), 1))
-    excess = jnp.maximum(seen - 1.5 * 0.532 * _mean_where(counts, deviation**3) - 1e-5, 0)
-    return jnp.cbrt(excess / 0.532)
+
+    def one(operands: tuple[Array, ...]) -> Array:
+        error, units, softness = operands
+        outside = jnp.maximum(jnp.abs(error) / units - 0.5, 0)
+        deviation = jnp.sqrt(softness) / units
+        counts = known & (deviation < 0.3)
+        seen = _mean_where(counts, jnp.minimum(jnp.square(outside), 1))
+        excess = seen - 1.5 * 0.532 * _mean_where(counts, deviation**3) - 1e-5
+        return jnp.cbrt(jnp.maximum(excess, 0) / 0.532)
+
+    return linalg.each_model(one, (error, units, softness))
 
 
 def _unresolved(error: Array, variance: Array, softness: Array) -> Float[Array, " model"]:
@@ -75,17 +80,21 @@ def _unresolved(error: Array, variance: Array, softness: Array) -> Float[Array, 
     Judged by elements whose rounding error is far below the usual; half again what is expected of
     them is no sign of anything.
     """
-    fine = variance < FINE * jnp.mean(variance, axis=(1, 2), keepdims=True)
-    enough = jnp.sum(fine, axis=(1, 2)) > 100
     n_models = error.shape[0]
-    seen = _mean_where(fine, jnp.square(error)) * n_models / (n_models - 1)
-    expected = _mean_where(fine, variance + softness)
-    return jnp.where(enough & (seen > 2 * expected), seen - expected, 0)
+
+    def one(operands: tuple[Array, ...]) -> Array:
+        error, variance, softness = operands
+        fine = variance < FINE * jnp.mean(variance)
+        seen = _mean_where(fine, jnp.square(error)) * n_models / (n_models - 1)
+        expected = _mean_where(fine, variance + softness)
+        return jnp.where((jnp.sum(fine) > 100) & (seen > 2 * expected), seen - expected, 0)
+
+    return linalg.each_model(one, (error, variance, softness))
 
 
-def _mean_where(where: Array, values: Array) -> Float[Array, " model"]:
-    number = jnp.maximum(jnp.sum(where, (1, 2), dtype=values.dtype), 1)
-    return jnp.sum(jnp.where(where, values, 0), (1, 2)) / number
+def _mean_where(where: Array, values: Array) -> Float[Array, ""]:
+    number = jnp.maximum(jnp.sum(where, dtype=values.dtype), 1)
+    return jnp.sum(jnp.where(where, values, 0)) / number
 
 
 class Resolved(NamedTuple):

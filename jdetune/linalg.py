@@ -204,17 +204,23 @@ def inverse(square: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
     return _inverse(square)[0]
 
 
-def each_model(function: Callable, operands):
-    """``function`` of every model: one after another on CPU, whose batched products are slow."""
-    return map_batched(function, operands, 1 if jax.default_backend() == "cpu" else 2**30)
+def each_model(function: Callable, operands, unroll: int = 1):
+    """``function`` of every model: one after another on CPU, whose batched products are slow.
+
+    ``unroll`` writes out so many of them at a time, which spares copies and costs compile time.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.vmap(function)(operands)
+    return lax.scan(lambda _, one: (None, function(one)), None, operands, unroll=unroll)[1]
 
 
-def row_block(row: int, width: int) -> int:
+def row_block(row: int, width: int, least: int = 16) -> int:
     """Rows that are worked on together: a divisor of ``row``; all of them but on CPU.
 
     Args:
       row: number of rows.
       width: elements of one row, all models together.
+      least: rows that are worth while, whatever their width.
 
     Example:
       >>> row_block(16, 4)
@@ -222,7 +228,7 @@ def row_block(row: int, width: int) -> int:
     """
     if jax.default_backend() != "cpu":
         return row
-    fits = max(BLOCK_ELEMENTS // width, 16)
+    fits = max(BLOCK_ELEMENTS // width, least)
     divisors = [size for size in range(1, row + 1) if row % size == 0]
     best = max(size for size in divisors if size <= max(fits, 1))
     return best if 4 * best >= fits else row

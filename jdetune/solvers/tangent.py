@@ -15,6 +15,10 @@ from jdetune import linalg
 
 #: Conditioning below which directions count as nearly shared.
 NEARLY_SHARED = 1e-2
+#: Rows of a block, at least: products with fewer are slow.
+PRODUCT_ROWS = 256
+#: Models of a block that are written out one by one.
+UNROLLED = 8
 
 
 class Tangent(NamedTuple):
@@ -69,32 +73,34 @@ def project(tangent: Tangent, step: Step) -> Step:
 def normal_operator(tangent: Tangent, step: Step) -> Step:
     """Gauss-Newton matrix times a tangent vector, the base eliminated.
 
-    On CPU over blocks of rows, whose matrices stay in the cache.
+    On CPU over blocks of rows: high enough for fast products, and yet few matrices at a time.
     """
     n_models, row, col = tangent.weight.shape
-    size = linalg.row_block(row, n_models * col)
+    size = linalg.row_block(row, n_models * col, PRODUCT_ROWS)
+    tall = jnp.concatenate([step.p, tangent.left], axis=2)
+    wide = jnp.concatenate([tangent.right, step.q], axis=2)
+    wide = linalg.laid_out(jnp.swapaxes(wide, 1, 2))  # once, not in every block
 
-    def slab(array: Array, index: Array, axis: int = 0) -> Array:
-        return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
+    def slab(array: Array, index: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, index * size, size)
 
     def one_block(q: Array, index: Array) -> tuple[Array, Array]:
-        total = slab(tangent.total, index)
-
         def forth(operands: tuple[Array, ...]) -> Array:
-            p, left, right, q, weight = operands
-            return slab(weight, index) * _matrix((slab(p, index), slab(left, index), right, q))
+            tall, wide, weight = operands
+            return slab(weight, index) * linalg.matmul(slab(tall, index), wide)
 
-        weighted = linalg.each_model(
-            forth, (step.p, tangent.left, tangent.right, step.q, tangent.weight)
-        )
+        weighted = linalg.each_model(forth, (tall, wide, tangent.weight), UNROLLED)
+        total = slab(tangent.total, index)
         mean = linalg.sum_models(weighted) / total  # a rounded reciprocal would be common to all
 
         def back(operands: tuple[Array, ...]) -> tuple[Array, Array]:
             weighted, weight, left, right, q = operands
             rest = weighted - slab(weight, index) * mean
-            return linalg.matmul(rest, right), q + linalg.matmul(slab(left, index).T, rest)
+            across = linalg.laid_out(slab(left, index).T)
+            return linalg.matmul(rest, right), q + linalg.matmul(across, rest)
 
-        p, q = linalg.each_model(back, (weighted, tangent.weight, tangent.left, tangent.right, q))
+        models = (weighted, tangent.weight, tangent.left, tangent.right, q)
+        p, q = linalg.each_model(back, models, UNROLLED)
         return q, p
 
     start = jnp.zeros_like(jnp.swapaxes(step.q, 1, 2))

@@ -120,7 +120,7 @@ def test_normal_operator_is_symmetric_and_positive():
 @pytest.mark.parametrize("block", [5, 20])
 def test_normal_operator_is_that_of_dense_matrices(block, monkeypatch):
     """Also in blocks of rows, as on CPU for large layers; against dense matrices in NumPy."""
-    monkeypatch.setattr(linalg, "row_block", lambda row, width: block)
+    monkeypatch.setattr(linalg, "row_block", lambda row, width, least=16: block)
     rng = np.random.default_rng(3)
     with linalg.scope(FLOAT64):
         space = tangent()
