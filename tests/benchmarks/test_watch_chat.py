@@ -39,7 +39,7 @@ def texts():
 @pytest.fixture
 def decoder():
     module = Llama(SMALL)
-    return module, {n: 20 * p for n, p in models.init_params(module, jax.random.key(0)).items()}
+    return module, {n: 6 * p for n, p in models.init_params(module, jax.random.key(0)).items()}
 
 
 def test_prompts_hold_the_word_asked_for_and_no_other(texts):

@@ -166,9 +166,13 @@ def timed(command):
 
 
 def kill_at_random(command, out, rng, seconds, most):
-    """Runs a command that takes so long, killing it at random moments; returns how often."""
+    """Runs a command that takes so long, killing it at random moments.
+
+    Returns how often, and how long the command takes: as it did now if nothing interrupted it.
+    """
     killed = 0
     while True:
+        begin = time.monotonic()
         process = subprocess.Popen(
             command,
             env=plain_environment(),
@@ -181,11 +185,11 @@ def kill_at_random(command, out, rng, seconds, most):
             process.kill()
         error = process.communicate()[1].decode()
         if process.returncode == 0:
-            return killed
+            return killed, seconds if killed else time.monotonic() - begin
         assert process.returncode == -9, error
         killed += 1
         if out.exists() and not (out / ".jdetune").exists():
-            return killed  # all was in place already; the caller compares it
+            return killed, seconds  # all was in place already; the caller compares it
 
 
 @pytest.mark.slow
@@ -200,9 +204,11 @@ def test_programs_killed_at_random_moments(tmp_path, capsys):
     killed = runs = 0
     while killed < 50 and runs < 40:
         store, back = tmp_path / f"store-{runs}", tmp_path / f"back-{runs}"
-        killed += kill_at_random([*pack, f"--out={store}"], store, rng, packing_takes, 8)
-        unpack = [*program, "unpack", str(store), f"--out={back}"]
-        killed += kill_at_random(unpack, back, rng, unpacking_takes, 4)
+        command = [*pack, f"--out={store}"]
+        packs, packing_takes = kill_at_random(command, store, rng, packing_takes, 8)
+        command = [*program, "unpack", str(store), f"--out={back}"]
+        unpacks, unpacking_takes = kill_at_random(command, back, rng, unpacking_takes, 4)
+        killed += packs + unpacks
         assert without_report(store) == without_report(whole)
         assert same(family.paths, back)
         runs += 1
