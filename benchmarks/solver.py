@@ -7,9 +7,10 @@
 Every case is solved by ``jdetune.recover`` on NumPy stacks in memory: the closed form of several
 layers in one call and of one layer alone, the same with float64 throughout (the reference of the
 W-error), with all that follows it, and by the paper's algorithm in PyTorch on the same stacks and
-machine, with JAX's number of threads or with one, whichever is faster. Runs are interleaved; the
-first call, which compiles, is timed apart. Seconds are of one layer. W-errors are means over the
-same layers. Nothing else should run on the machine; the load before the run is printed.
+machine, with JAX's number of threads or with one, whichever is faster. Runs are interleaved; before
+a short one the same solver runs once untimed, so that none pays for memory that another gave back.
+The first call, which compiles, is timed apart. Seconds are of one layer. W-errors are means over
+the same layers. Nothing else should run on the machine; the load before the run is printed.
 
 The JSON is ``{"machine": {...}, "rows": [...]}``. A row has the fields of ``Case``, ``limit``
 (``n_bytes``, ``flops``, ``seconds`` and the rates ``stream`` and ``gemm``) and ``solvers``: for
@@ -57,6 +58,8 @@ Run = Callable[[Stacks], dict[str, np.ndarray]]
 SOLVERS = ("closed form", "one layer", "float64", "full", "polish", "paper")
 #: Seconds of a run from which it is not repeated.
 SLOW = 30.0
+#: Seconds of a run up to which an untimed one goes before it.
+SHORT = 5.0
 FAILURES = (RuntimeError, ValueError, MemoryError, jdetune.RecoveryFailed)
 
 
@@ -193,6 +196,8 @@ def run_case(case: Case, names: list[str], repeats: int) -> dict[str, Any]:
         for name, runs in times.items():
             if len(runs) > repeat or (runs and runs[0] > SLOW):
                 continue
+            if len(timed[name]) * (runs[0] if runs else 0.0) < SHORT:
+                table[name](timed[name])
             clock = time.perf_counter()
             table[name](timed[name])
             runs.append((time.perf_counter() - clock) / len(timed[name]))

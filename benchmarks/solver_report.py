@@ -26,6 +26,8 @@ HEADER = (
 FASTER = {"vit": 150, "sd15": 200, "mistral7b": 1000}
 #: W-error that float32 products may cost, beside float64 throughout.
 COST = 0.1
+#: Refinement, exactness and certificate over the closed form of one layer.
+OF_CLOSED_FORM = 10
 #: Run time over the limit, for shapes of this side and larger.
 OF_LIMIT, SIDE = 2.5, 1024
 
@@ -87,6 +89,12 @@ def after(row: dict[str, Any]) -> tuple[float | None, float | None]:
     return polish, rest
 
 
+def of_closed_form(row: dict[str, Any]) -> float | None:
+    """What follows the closed form over the closed form, both of one layer by itself."""
+    one, full = figure(row, "one layer"), figure(row, "full")
+    return (full - one) / one if one and full else None
+
+
 def number(value: float | None, digits: int = 2, scale: float = 1.0) -> str:
     """A cell; "-" where nothing was measured."""
     return "-" if value is None else f"{scale * value:.{digits}f}"
@@ -97,16 +105,15 @@ def cells(row: dict[str, Any]) -> list[str]:
     if "error" in row:
         return [f"{row['name']}: FAILED", *["-"] * (len(HEADER) - 1)]
     polish, rest = after(row)
-    one, mark = figure(row, "one layer"), " (extrapolated)" if row["extrapolated"] else ""
-    both = None if polish is None or rest is None or not one else (polish + rest) / one
+    mark = " (extrapolated)" if row["extrapolated"] else ""
     paper = figure(row, "paper")
     return [
         row["name"],
         number(figure(row, "closed form"), 1, 1e3),
-        number(one, 1, 1e3),
+        number(figure(row, "one layer"), 1, 1e3),
         number(polish, 1, 1e3),
         number(rest, 1, 1e3),
-        number(both, 1),
+        number(of_closed_form(row), 1),
         number(paper, 2) + (mark if paper else ""),
         number(ratio(row), 0),
         number(of_limit(row)),
@@ -159,12 +166,15 @@ def checks(rows: Sequence[dict[str, Any]]) -> list[Check]:
         if "error" in row:
             found.append(Check(name, "failed", "a result", False))
             continue
-        times, share = ratio(row), of_limit(row)
+        times, share, rest = ratio(row), of_limit(row), of_closed_form(row)
         largest = row["family"] != "sd15" or row["row"] == row["col"] == 1280
         if times is not None and row["family"] in FASTER and largest:
             found.append(at_least(f"{name}: times faster", times, FASTER[row["family"]], 0))
         if share is not None and min(row["row"], row["col"]) >= SIDE:
             found.append(at_most(f"{name}: of the limit", share, OF_LIMIT, 2))
+        if rest is not None and row["family"] in FASTER:
+            what = f"{name}: all that follows over the closed form"
+            found.append(at_most(what, rest, OF_CLOSED_FORM, 1))
         ours = figure(row, "closed form", "w_error")
         for other, more in (("float64", COST), ("paper", 0.0)):
             theirs = figure(row, other, "w_error")

@@ -156,6 +156,10 @@ def test_checks_hold_the_targets():
     assert [check.what for check in small] == ["case: W-error less float64's"]
     slow = solver_report.checks([row(family="mistral7b")])
     assert not slow[0].passed
+    whole = row()["solvers"] | {"one layer": {"seconds": 1.0}, "full": {"seconds": 12.0}}
+    what = "case: all that follows over the closed form"
+    late = {check.what: check for check in solver_report.checks([row(solvers=whole)])}[what]
+    assert (late.figure, late.passed) == ("11.0", False)
     measured = row()["solvers"] | {"paper": {"seconds": 100.0, "w_error": -21.0}}
     assert not solver_report.checks([row(solvers=measured)])[-1].passed
 
