@@ -8,7 +8,8 @@ Every case is solved by ``jdetune.recover`` on NumPy stacks in memory: the close
 layers in one call and of one layer alone, the same with float64 throughout (the reference of the
 W-error), with all that follows it, and by the paper's algorithm in PyTorch on the same stacks and
 machine, with JAX's number of threads or with one, whichever is faster. Runs are interleaved; before
-a short one the same solver runs once untimed, so that none pays for memory that another gave back.
+the first and before short ones the same solver runs once untimed, so that none pays for memory that
+another gave back.
 The first call, which compiles, is timed apart. Seconds are of one layer. W-errors are means over
 the same layers. Nothing else should run on the machine; the load before the run is printed.
 
@@ -58,7 +59,7 @@ Run = Callable[[Stacks], dict[str, np.ndarray]]
 SOLVERS = ("closed form", "one layer", "float64", "full", "polish", "paper")
 #: Seconds of a run from which it is not repeated.
 SLOW = 30.0
-#: Seconds of a run up to which an untimed one goes before it.
+#: Seconds of a run up to which an untimed one goes before every one; else before the first only.
 SHORT = 5.0
 FAILURES = (RuntimeError, ValueError, MemoryError, jdetune.RecoveryFailed)
 

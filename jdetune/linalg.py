@@ -205,13 +205,9 @@ def inverse(square: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
 
 
 def each_model(function: Callable, operands, unroll: int = 1):
-    """``function`` of every model: one after another on CPU, whose batched products are slow.
-
-    ``unroll`` writes out so many of them at a time, which spares copies and costs compile time.
-    """
-    if jax.default_backend() != "cpu":
-        return jax.vmap(function)(operands)
-    return lax.scan(lambda _, one: (None, function(one)), None, operands, unroll=unroll)[1]
+    """``function`` of every model: one after another on CPU, whose batched products are slow."""
+    at_a_time = 1 if jax.default_backend() == "cpu" else 2**30
+    return map_batched(function, operands, at_a_time, unroll)
 
 
 def row_block(row: int, width: int, least: int = 16) -> int:
@@ -234,15 +230,18 @@ def row_block(row: int, width: int, least: int = 16) -> int:
     return best if 4 * best >= fits else row
 
 
-def map_batched(function: Callable, operands, batch_size: int):
+def map_batched(function: Callable, operands, batch_size: int, unroll: int = 1):
     """``jax.vmap`` over the leading axis in chunks of ``batch_size``, one after another.
 
     One at a time keeps 2-D products on the CPU, where they are fastest; GPUs want batches.
+    ``unroll`` writes out so many single ones, which spares copies and costs compile time.
     """
     length = jax.tree.leaves(operands)[0].shape[0]
     if batch_size >= length:
         return jax.vmap(function)(operands)
-    return lax.map(function, operands, batch_size=None if batch_size <= 1 else batch_size)
+    if batch_size > 1:
+        return lax.map(function, operands, batch_size=batch_size)
+    return lax.scan(lambda _, one: (None, function(one)), None, operands, unroll=unroll)[1]
 
 
 def orthonormalize_leading(

@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
 def to_matrices(tangent: Tangent, step: Step) -> Float[Array, "model row col"]:
     r"""The tangent vector as matrices, :math:`P V^T + U Q^T`: one product a model."""
-    return linalg.each_model(_matrix, (step.p, tangent.left, tangent.right, step.q))
+    return linalg.each_model(lambda pair: linalg.matmul(*pair), _factors(tangent, step))
 
 
 def to_tangent(tangent: Tangent, matrices: Float[Array, "model row col"]) -> Step:
@@ -77,9 +77,7 @@ def normal_operator(tangent: Tangent, step: Step) -> Step:
     """
     n_models, row, col = tangent.weight.shape
     size = linalg.row_block(row, n_models * col, PRODUCT_ROWS)
-    tall = jnp.concatenate([step.p, tangent.left], axis=2)
-    wide = jnp.concatenate([tangent.right, step.q], axis=2)
-    wide = linalg.laid_out(jnp.swapaxes(wide, 1, 2))  # once, not in every block
+    tall, wide = _factors(tangent, step)
 
     def slab(array: Array, index: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(array, index * size, size)
@@ -112,10 +110,11 @@ def normal_operator(tangent: Tangent, step: Step) -> Step:
     return project(tangent, Step(p, jnp.swapaxes(q, 1, 2)))
 
 
-def _matrix(operands: tuple[Array, ...]) -> Float[Array, "row col"]:
-    p, left, right, q = operands
-    wide = jnp.concatenate([right, q], axis=1)
-    return linalg.matmul(jnp.concatenate([p, left], axis=1), wide.T)
+def _factors(tangent: Tangent, step: Step) -> tuple[Array, Array]:
+    """The tangent vector's matrices as products: [model, row, 2 rank] and [model, 2 rank, col]."""
+    tall = jnp.concatenate([step.p, tangent.left], axis=2)
+    wide = jnp.concatenate([tangent.right, step.q], axis=2)
+    return tall, linalg.laid_out(jnp.swapaxes(wide, 1, 2))
 
 
 def free_information(tangent: Tangent) -> Float[Array, "model row col"]:
