@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from jdetune import heap
 from jdetune.cli.compile_cache import use_compile_cache
 
 #: Subcommand to what it does; each is a module of this package with ``main(argv) -> int``.
@@ -66,8 +67,9 @@ def prepare_environment() -> None:
 
     One BLAS thread: JAX has its own pool, and two pools fight for the cores. XLA's
     concurrency-optimised scheduler is off, since it slows many small factorisations on CPU.
-    Compiled programs are kept between runs.
+    Compiled programs are kept between runs, and freed memory for the next layer.
     """
+    heap.keep_freed()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     xla = os.environ.get("XLA_FLAGS", "")
     if _SCHEDULER_FLAG not in xla:

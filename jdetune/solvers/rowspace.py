@@ -105,7 +105,7 @@ def solve_layer(weights: Weights, max_rank: int, batch_size: int = 1) -> RowSpac
     n_models, row, col = models.values.shape
     width = min(2 * max_rank + OVERSAMPLING, row, col)
     noise = _noise(models)
-    centre, rest = _mean(models.values)
+    mean = _mean(models.values)
     pairs = _pair_row_spaces(models.values, noise.scales, width, batch_size)
     values, sizes = pairs.values, jnp.sqrt(jnp.sum(jnp.square(pairs.values), axis=1))
     edge = noise.edge + jnp.sqrt(MERGE_ARITHMETIC) * sizes
@@ -117,7 +117,7 @@ def solve_layer(weights: Weights, max_rank: int, batch_size: int = 1) -> RowSpac
     rows = jnp.where(active[:, :, None], rows, 0).astype(_product_dtype(row, col))
 
     probes = jax.random.rademacher(jax.random.key(2), (PROBES, col), jnp.float32)
-    seen = _project(models.values, (centre, rest), rows, probes, noise.scales, batch_size)
+    seen = _project(models.values, mean, rows, probes, noise.scales, batch_size)
     right = rows.astype(jnp.float64)
     wide = right.reshape(-1, col)
     gram = _gram(rows, batch_size)
@@ -144,7 +144,7 @@ def solve_layer(weights: Weights, max_rank: int, batch_size: int = 1) -> RowSpac
     clear &= jnp.max(ranks_of_pairs) + OVERSAMPLING <= width
     clear &= (conditioning > WELL_CONDITIONED) & (ratio < RESIDUAL_LIMIT)
     return RowSpaceSolution(
-        base=centre.astype(jnp.float64) + (rest.astype(jnp.float64) - shift / n_models),
+        base=mean - shift / n_models,
         left=left * noise.scales.row[:, None],
         right=right * noise.scales.col,
         ranks=ranks,
@@ -173,12 +173,8 @@ def _noise(models: Merged) -> _Noise:
     return _Noise(scales, power, (pair_edge(white) * jnp.sqrt(2 * worst)).astype(jnp.float64))
 
 
-def _mean(values: Float[Array, "model row col"]) -> tuple[Array, Array]:
-    """Mean of the models as the sum of two float32 arrays: rounded, and what rounding left over."""
-    n_models = values.shape[0]
-    wide = values.astype(jnp.float32)
-    centre = linalg.sum_models(wide) / jnp.float32(n_models)
-    return centre, linalg.sum_models(wide - centre) / jnp.float32(n_models)
+def _mean(values: Float[Array, "model row col"]) -> Float[Array, "row col"]:
+    return linalg.sum_models(values.astype(jnp.float64)) / values.shape[0]
 
 
 def _pair_row_spaces(
@@ -204,7 +200,7 @@ def _pair_row_spaces(
 
     sketches = linalg.map_batched(sketch, here, batch_size)
 
-    def one(pair: tuple[Array, Array]) -> _Pairs:
+    def rows_of(pair: tuple[Array, Array]) -> Array:
         image = (sketches[pair[0]] - sketches[pair[1]]).astype(jnp.float64)
         image = image / scales.row[:, None]
         # any basis near the column space will do: only its directions must be exact in float64
@@ -215,12 +211,16 @@ def _pair_row_spaces(
         left = left / scales.row[:, None].astype(dtype)
         first, second = (functools.partial(_rows_of, values, model, dtype) for model in pair)
         rows = _blocked(lambda block: first(block) - second(block), left)
-        rows = rows / scales.col
-        power, turn = linalg.eigh_descending(linalg.matmul(rows, rows.T))
-        size = jnp.sqrt(jnp.maximum(power, jnp.finfo(power.dtype).tiny))
-        return _Pairs(rows, turn / size, size)
+        return (rows / scales.col).astype(dtype)
 
-    return linalg.map_batched(one, (here, there), batch_size)
+    def axes_of(rows: Array) -> tuple[Array, Array]:
+        exact = rows.astype(jnp.float64)
+        power, turn = linalg.eigh_descending(linalg.matmul(exact, exact.T))
+        size = jnp.sqrt(jnp.maximum(power, jnp.finfo(power.dtype).tiny))
+        return turn / size, size
+
+    rows = linalg.map_batched(rows_of, (here, there), batch_size)
+    return _Pairs(rows, *linalg.map_batched(axes_of, rows, batch_size))
 
 
 def _blocked(rows, left: Float[Array, "row width"]) -> Float[Array, "width col"]:
@@ -264,7 +264,8 @@ def _common(
 
     def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
         x, y = pair
-        angles = linalg.matmul(linalg.matmul(turn[x].T, linalg.matmul(rows[x], rows[y].T)), turn[y])
+        wide = [rows[side].astype(jnp.float64) for side in pair]
+        angles = linalg.matmul(linalg.matmul(turn[x].T, linalg.matmul(wide[0], wide[1].T)), turn[y])
         square, u = linalg.eigh_descending(linalg.matmul(angles, angles.T))
         cosine = jnp.sqrt(jnp.maximum(square[:max_rank], 1e-3))
         u = jnp.where(square[:max_rank] > COMMON, u[:, :max_rank], 0)
@@ -273,8 +274,8 @@ def _common(
         _, axes = linalg.eigh_descending(linalg.matmul(seen.T, seen))
         u, v = (linalg.matmul(w / jnp.sqrt(2 + 2 * cosine), axes) for w in (u, v))
         first, second = (linalg.matmul(turn[side], w).T for side, w in ((x, u), (y, v)))
-        both = linalg.matmul(linalg.laid_out(first), rows[x])
-        return both + linalg.matmul(linalg.laid_out(second), rows[y]), square
+        both = linalg.matmul(linalg.laid_out(first), wide[0])
+        return both + linalg.matmul(linalg.laid_out(second), wide[1]), square
 
     found, square = linalg.map_batched(one, (jnp.roll(here, 1), here), batch_size)
     ranks = jnp.sum(square > COMMON, axis=1, dtype=jnp.int32)
@@ -283,7 +284,7 @@ def _common(
 
 def _project(
     values: Float[Array, "model row col"],
-    mean: tuple[Array, Array],
+    mean: Float[Array, "row col"],
     rows: Float[Array, "model rank col"],
     probes: Float[Array, "probe col"],
     scales: Scales,
@@ -298,9 +299,8 @@ def _project(
         target = linalg.laid_out((jnp.concatenate([own, probes.astype(dtype)]) / across).T)
 
         def part(block: slice) -> Array:
-            error = stored[:, block].astype(dtype) - mean[0][:, block].astype(dtype)
-            error = error - mean[1][:, block].astype(dtype)
-            return linalg.matmul(error, target[block]).astype(jnp.float64)
+            error = stored[:, block].astype(jnp.float64) - mean[:, block]
+            return linalg.matmul(error.astype(dtype), target[block]).astype(jnp.float64)
 
         return functools.reduce(jnp.add, map(part, _blocks(target))) / scales.row[:, None]
 
