@@ -149,7 +149,7 @@ def _sd15() -> Iterator[Case]:
 def _mistral() -> Iterator[Case]:
     """Query, key, value and output of Mistral 7B: 128 layers of two shapes."""
     for n_models in (8, 12):
-        for row, layers in ((1024, 2), (4096, 1)):
+        for row, layers in ((1024, 6), (4096, 4)):
             yield Case("mistral7b", row, 4096, n_models, 64, 1000, layers, extrapolate=True)
 
 
