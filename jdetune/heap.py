@@ -10,13 +10,13 @@ from collections.abc import Mapping
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _LARGEST = 2**31 - 1
-_FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+_BEFORE = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks")
 
 
 class _Mallinfo(ctypes.Structure):
     """``struct mallinfo2`` of glibc."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in _FIELDS]
+    _fields_ = [(name, ctypes.c_size_t) for name in (*_BEFORE, "fordblks", "keepcost")]
 
 
 def keep_freed(environment: Mapping[str, str] = os.environ) -> bool:
