@@ -33,8 +33,9 @@ _SCHEDULER_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
 
 
 def console_main() -> None:
-    """Entry point of the program: environment first, then the command."""
+    """Entry point of the program: environment and memory first, then the command."""
     prepare_environment()
+    heap.keep_freed()
     signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _once_more
     code = main(sys.argv[1:])
@@ -67,9 +68,8 @@ def prepare_environment() -> None:
 
     One BLAS thread: JAX has its own pool, and two pools fight for the cores. XLA's
     concurrency-optimised scheduler is off, since it slows many small factorisations on CPU.
-    Compiled programs are kept between runs, and freed memory for the next layer.
+    Compiled programs are kept between runs.
     """
-    heap.keep_freed()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     xla = os.environ.get("XLA_FLAGS", "")
     if _SCHEDULER_FLAG not in xla:
