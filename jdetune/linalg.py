@@ -10,7 +10,7 @@ thread pool of XLA, and two such batches in one program deadlock on few cores in
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +204,7 @@ def inverse(square: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
     return _inverse(square)[0]
 
 
-def each_model(function: Callable, operands, unroll: int = 1):
+def each_model(function: Callable, operands, unroll: int = 1) -> Any:
     """``function`` of every model: one after another on CPU, whose batched products are slow."""
     at_a_time = 1 if jax.default_backend() == "cpu" else 2**30
     return map_batched(function, operands, at_a_time, unroll)
@@ -230,7 +230,7 @@ def row_block(row: int, width: int, least: int = 16) -> int:
     return best if 4 * best >= fits else row
 
 
-def map_batched(function: Callable, operands, batch_size: int, unroll: int = 1):
+def map_batched(function: Callable, operands, batch_size: int, unroll: int = 1) -> Any:
     """``jax.vmap`` over the leading axis in chunks of ``batch_size``, one after another.
 
     One at a time keeps 2-D products on the CPU, where they are fastest; GPUs want batches.
