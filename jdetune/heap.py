@@ -5,7 +5,7 @@ page again: a tenth of the closed form's time or more, most where memory is virt
 """
 
 import ctypes
-import os
+import sys
 from collections.abc import Mapping
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
@@ -19,7 +19,7 @@ class _Mallinfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in (*_BEFORE, "fordblks", "keepcost")]
 
 
-def keep_freed(environment: Mapping[str, str] = os.environ) -> bool:
+def keep_freed(environment: Mapping[str, str]) -> bool:
     """Makes the whole process keep what it frees; for programs of our own, before they allocate.
 
     Only the one main heap can hold large arrays, so all threads share it.
@@ -59,5 +59,5 @@ def kept() -> int:
 
 def _function(name: str):  # noqa: ANN202
     """A function of the C library, ``None`` where it is not glibc."""
-    library = ctypes.CDLL(None) if os.name == "posix" else None
+    library = ctypes.CDLL(None) if sys.platform != "win32" else None
     return getattr(library, name, None) if hasattr(library, "gnu_get_libc_version") else None

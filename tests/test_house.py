@@ -24,6 +24,7 @@ LAYERS = [
     {
         "sharding",
         "staging",
+        "heap",
         "machine",
         "groups",
         "programs",

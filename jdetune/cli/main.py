@@ -35,7 +35,7 @@ _SCHEDULER_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
 def console_main() -> None:
     """Entry point of the program: environment and memory first, then the command."""
     prepare_environment()
-    heap.keep_freed()
+    heap.keep_freed(os.environ)
     signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _once_more
     code = main(sys.argv[1:])

@@ -137,7 +137,7 @@ def test_shipped_flagfiles_parse():
 def test_the_program_keeps_freed_memory_before_it_does_anything(monkeypatch):
     order = []
     monkeypatch.setattr(program, "prepare_environment", lambda: None)
-    monkeypatch.setattr(program.heap, "keep_freed", lambda: order.append("kept"))
+    monkeypatch.setattr(program.heap, "keep_freed", lambda environment: order.append("kept"))
     monkeypatch.setattr(program, "main", lambda argv: order.append("main") or 0)
     monkeypatch.setattr(program.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit):
@@ -147,7 +147,7 @@ def test_the_program_keeps_freed_memory_before_it_does_anything(monkeypatch):
 
 def test_an_interrupt_leaves_without_teardown(monkeypatch):
     monkeypatch.setattr(program, "prepare_environment", lambda: None)
-    monkeypatch.setattr(program.heap, "keep_freed", lambda: None)
+    monkeypatch.setattr(program.heap, "keep_freed", lambda environment: None)
     monkeypatch.setattr(program, "main", lambda argv: 130)
     left = []
     monkeypatch.setattr(program.os, "_exit", left.append)
