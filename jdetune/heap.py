@@ -1,7 +1,7 @@
 """The C library's heap: freed memory is kept for the next layer, not given back to the system.
 
 Every layer needs the same large arrays. glibc maps each of them anew, and the system clears every
-page again: a tenth of the closed form's time or more, most where memory is virtualised.
+page again, which takes longest where memory is virtualised.
 """
 
 import ctypes
