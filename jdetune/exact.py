@@ -18,7 +18,7 @@ from jdetune import linalg
 from jdetune.certificate import spread
 from jdetune.grids import Grid, nearest
 from jdetune.noise import Weights, as_merged
-from jdetune.snap import Snapped, relative_spacing, snap
+from jdetune.snap import Snapped, Unexplained, relative_spacing, snap
 from jdetune.solvers.refit import newton_step, shift_to
 from jdetune.solvers.relative import Relative, errors_after, moved, zero_step
 from jdetune.solvers.tangent import Step
@@ -55,7 +55,9 @@ def fixed_below(amplification: Float[Array, ""]) -> Float[Array, ""]:
     return FIXED / jnp.maximum(amplification, 1) ** 2
 
 
-def _outside(error: Array, units: Array, softness: Array, known: Array) -> Float[Array, " model"]:
+def _outside(
+    error: Array, units: Array, softness: Array, unresolved: Array, known: Array
+) -> Float[Array, " model"]:
     """Deviation of unexplained error in units of spacing: how far residuals leave their intervals.
 
     An error uniform on one unit plus a normal one of small deviation s leaves its interval by a
@@ -63,15 +65,15 @@ def _outside(error: Array, units: Array, softness: Array, known: Array) -> Float
     """
 
     def one(operands: tuple[Array, ...]) -> Array:
-        error, units, softness = operands
+        error, units, softness, unresolved = operands
         outside = jnp.maximum(jnp.abs(error) / units - 0.5, 0)
-        deviation = jnp.sqrt(softness) / units
+        deviation = jnp.sqrt(softness + unresolved) / units
         counts = known & (deviation < 0.3)
         seen = _mean_where(counts, jnp.minimum(jnp.square(outside), 1))
         excess = seen - 1.5 * 0.532 * _mean_where(counts, deviation**3) - 1e-5
         return jnp.cbrt(jnp.maximum(excess, 0) / 0.532)
 
-    return linalg.each_model(one, (error, units, softness))
+    return linalg.each_model(one, (error, units, softness, unresolved))
 
 
 def _unresolved(error: Array, variance: Array, softness: Array) -> Float[Array, " model"]:
@@ -87,7 +89,8 @@ def _unresolved(error: Array, variance: Array, softness: Array) -> Float[Array, 
         fine = variance < FINE * jnp.mean(variance)
         seen = _mean_where(fine, jnp.square(error)) * n_models / (n_models - 1)
         expected = _mean_where(fine, variance + softness)
-        return jnp.where((jnp.sum(fine) > 100) & (seen > 2 * expected), seen - expected, 0)
+        enough = jnp.sum(fine, dtype=error.dtype) > 100
+        return jnp.where(enough & (seen > 2 * expected), seen - expected, 0)
 
     return linalg.each_model(one, (error, variance, softness))
 
@@ -163,17 +166,17 @@ def resolve(
         centre = jnp.where(before, base, nearest(estimate, grid))
         rest = rest - shift_to(at, centre)
         softness = errors.variance + arithmetic
-        softness = softness + _unresolved(rest, at.variance, softness)[:, None, None]
-        slack = jnp.maximum(_outside(rest, units, softness, before), least_slack)
-        softness = softness + jnp.square(slack[:, None, None] * units)
-        found = snap(models, at.units, rest, centre, before, softness, errors.leverage, grid)
+        unresolved = _unresolved(rest, at.variance, softness)
+        outside = _outside(rest, units, softness, unresolved, before)
+        more = Unexplained(unresolved, jnp.maximum(outside, least_slack))
+        found = snap(models, at.units, rest, centre, before, softness, errors.leverage, grid, more)
         amplification = jnp.where(carry.rounds == 0, errors.amplification, carry.amplification)
         fixed = jnp.mean(found.wrong < fixed_below(amplification), dtype=jnp.float32)
         return Resolved(
             snapped=found,
             step=step,
             amplification=amplification,
-            slack=slack,
+            slack=more.slack,
             rounds=carry.rounds + 1,
             steps=carry.steps + count,
             grown=fixed - jnp.mean(before, dtype=jnp.float32),
@@ -185,7 +188,8 @@ def resolve(
 
     zero = 0 * at.error[0, 0, 0]
     none = zero.astype(jnp.int32)
-    start = Snapped(at.base, jnp.ones_like(at.error[0]), 0 * at.base, 0 * at.base[0, 0])
+    nothing = 0 * at.base[0, 0]
+    start = Snapped(at.base, jnp.ones_like(at.error[0]), nothing, nothing)
     first = Resolved(start, zero_step(at), zero, 0 * at.error[:, 0, 0], none, none, zero + 1, zero)
     found = jax.lax.while_loop(going, one_round, first)
     return found, *moved(at, found.step)

@@ -40,14 +40,26 @@ class Snapped(NamedTuple):
     Attributes:
       base: most likely grid point.
       wrong: probability that it is another.
-      error: expected squared error.
-      mean_error: expected squared error of the mean of the models on that grid, for comparison.
+      error: expected squared error, the mean over all elements.
+      mean_error: the same of the mean of the models on that grid, for comparison.
     """
 
     base: Float[Array, "row col"]
     wrong: Float[Array, "row col"]
-    error: Float[Array, "row col"]
+    error: Float[Array, ""]
     mean_error: Float[Array, ""]
+
+
+class Unexplained(NamedTuple):
+    """Error of each model that nothing explains.
+
+    Attributes:
+      variance: the same for all elements, in squared units of the layer's rounding error.
+      slack: a deviation in units of each element's spacing.
+    """
+
+    variance: Float[Array, " model"]
+    slack: Float[Array, " model"]
 
 
 class _Block(NamedTuple):
@@ -76,6 +88,7 @@ def snap(
     softness: Float[Array, "model row col"],
     leverage: Float[Array, "model row col"],
     grid: Grid,
+    unexplained: Unexplained | None = None,
 ) -> Snapped:
     """Most likely grid point of every element and how sure it is.
 
@@ -92,6 +105,7 @@ def snap(
         the merge's arithmetic.
       leverage: share of each element's own error that the fit took up.
       grid: of the base.
+      unexplained: comes on top of ``softness``; nothing if None.
 
     Returns:
       The base in the dtype of ``centre`` with its probabilities.
@@ -101,6 +115,8 @@ def snap(
     size = linalg.row_block(row, 4 * n_models * col)
     middle = centre.astype(jnp.float32)
     rows = units.row.astype(jnp.float32)
+    if unexplained is None:
+        unexplained = Unexplained(*jnp.zeros((2, n_models), jnp.float32))
 
     def block(index: Array) -> _Block:
         def slab(array: Array, axis: int = 0) -> Array:
@@ -109,7 +125,7 @@ def snap(
         here = models._replace(values=slab(models.values, 1))
         around = Scales(slab(rows), units.col.astype(jnp.float32))
         some = (slab(error, 1), slab(middle), slab(known), slab(softness, 1), slab(leverage, 1))
-        return _snap_block(here, around, *some, grid)
+        return _snap_block(here, around, *some, grid, unexplained)
 
     if size == row:
         found = block(jnp.int32(0))
@@ -121,14 +137,20 @@ def snap(
     wrong = jnp.where(zero, chance, found.wrong)
     squared = jnp.where(zero, wrong * found.error, found.error)
     nothing = jnp.all(models.values == 0, axis=0)  # a zero row: updates leave it alone
-    square = jnp.square(units.row[:, None] * units.col)
     base = jnp.where(zero, 0, centre + found.chosen.astype(centre.dtype))
     return Snapped(
         base=jnp.where(nothing, 0, base),
         wrong=jnp.where(nothing, 0, wrong),
-        error=jnp.where(nothing, 0, squared.astype(centre.dtype) * square),
-        mean_error=jnp.mean(found.mean_error.astype(centre.dtype) * square),
+        error=_mean_square(jnp.where(nothing, 0, squared), units),
+        mean_error=_mean_square(found.mean_error, units),
     )
+
+
+def _mean_square(relative: Float[Array, "row col"], units: Scales) -> Float[Array, ""]:
+    """Mean of squares that are given in squared units."""
+    square = jnp.square(units.col).astype(relative.dtype)[:, None]
+    rows = linalg.matmul(relative, square)[:, 0] / square.shape[0]
+    return jnp.mean(rows.astype(units.row.dtype) * jnp.square(units.row))
 
 
 def _snap_block(
@@ -140,10 +162,13 @@ def _snap_block(
     softness: Array,
     leverage: Array,
     grid: Grid,
+    unexplained: Unexplained,
 ) -> _Block:
     """``snap`` of some rows, the steps to the chosen points in units of the weights."""
     inverse = 1 / units.row[:, None] / units.col
     units_here = relative_spacing(models, units)
+    flat, slack = (part[:, None, None] for part in unexplained)
+    softness = softness + flat + jnp.square(slack * units_here)
     error = jnp.where(known, error / (1 - leverage), error)
     unit = unit_of(centre, grid) * inverse
     information = linalg.sum_models(1 / (softness + jnp.square(units_here) / 12))
