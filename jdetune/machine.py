@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 import jax
 
-from jdetune import heap
-
 #: Share of the free memory that is used by default.
 SHARE = 0.6
 #: Arrays of the size of all models in float64 that a layer needs at its peak, refined or not; the
@@ -41,7 +39,7 @@ def free_memory() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             known = dict(line.split(":") for line in lines)
-        return int(known["MemAvailable"].split()[0]) * 1024 + heap.kept()
+        return int(known["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 

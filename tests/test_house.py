@@ -24,7 +24,6 @@ LAYERS = [
     {
         "sharding",
         "staging",
-        "heap",
         "machine",
         "groups",
         "programs",

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from jdetune import heap
+from jdetune.cli import huge_pages
 from jdetune.cli.compile_cache import use_compile_cache
 
 #: Subcommand to what it does; each is a module of this package with ``main(argv) -> int``.
@@ -33,9 +33,9 @@ _SCHEDULER_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
 
 
 def console_main() -> None:
-    """Entry point of the program: environment and memory first, then the command."""
+    """Entry point of the program: memory and environment first, then the command."""
+    huge_pages.start_again(os.environ)
     prepare_environment()
-    heap.keep_freed(os.environ)
     signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _once_more
     code = main(sys.argv[1:])

@@ -134,20 +134,22 @@ def test_shipped_flagfiles_parse():
         )
 
 
-def test_the_program_keeps_freed_memory_before_it_does_anything(monkeypatch):
+def test_the_program_asks_for_huge_pages_before_it_does_anything(monkeypatch):
     order = []
-    monkeypatch.setattr(program, "prepare_environment", lambda: None)
-    monkeypatch.setattr(program.heap, "keep_freed", lambda environment: order.append("kept"))
+    monkeypatch.setattr(program, "prepare_environment", lambda: order.append("environment"))
+    monkeypatch.setattr(
+        program.huge_pages, "start_again", lambda environment: order.append("asked")
+    )
     monkeypatch.setattr(program, "main", lambda argv: order.append("main") or 0)
     monkeypatch.setattr(program.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit):
         program.console_main()
-    assert order == ["kept", "main"]
+    assert order == ["asked", "environment", "main"]
 
 
 def test_an_interrupt_leaves_without_teardown(monkeypatch):
     monkeypatch.setattr(program, "prepare_environment", lambda: None)
-    monkeypatch.setattr(program.heap, "keep_freed", lambda environment: None)
+    monkeypatch.setattr(program.huge_pages, "start_again", lambda environment: None)
     monkeypatch.setattr(program, "main", lambda argv: 130)
     left = []
     monkeypatch.setattr(program.os, "_exit", left.append)
