@@ -14,6 +14,7 @@ import numpy as np
 
 import jdetune
 from benchmarks.tables import Check, at_least, at_most, table
+from jdetune.cli import huge_pages
 from jdetune.machine import cores
 
 HEADER = (
@@ -46,6 +47,7 @@ def machine(torch_threads: int) -> dict[str, Any]:
         "cores": cores(),
         "torch_threads": torch_threads,
         "load": os.getloadavg()[0],
+        "huge_pages": huge_pages.TUNABLE in os.environ.get("GLIBC_TUNABLES", ""),
         "date": time.strftime("%Y-%m-%d"),
         "python": sys.version.split()[0],
         "jax": jax.__version__,
@@ -59,6 +61,7 @@ def about(machine: dict[str, Any]) -> str:
         f"{machine['processor']} ({machine['device']})",
         f"{machine['cores']} cores in JAX, {machine['torch_threads']} in PyTorch",
         f"load {machine['load']:.1f} before",
+        *(["huge pages"] if machine.get("huge_pages") else []),
         f"Python {machine['python']}, JAX {machine['jax']}, PyTorch {machine.get('torch', '-')}",
         f"jdetune {machine['jdetune']}, {machine['date']}",
     ]

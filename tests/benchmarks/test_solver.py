@@ -167,6 +167,8 @@ def test_checks_hold_the_targets():
 def test_the_readme_table_comes_from_the_results():
     machine = solver_report.machine(1) | {"processor": "a processor"}
     text = readme_table.block([{"machine": machine, "rows": [row(), row(family="scaling-n")]}])
+    assert ("huge pages" in text) == machine["huge_pages"]
+    assert "huge pages" in solver_report.about(machine | {"huge_pages": True})
     assert text.count("\n| case | 500") == 1
     assert "| case | 500.0 | 200* | 2.0 | -20.00 | -20.20 | - | - | - |" in text
     assert "extrapolated" in text.splitlines()[-1]
