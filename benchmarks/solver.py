@@ -11,9 +11,9 @@ machine, with JAX's number of threads or with one, whichever is faster. Runs are
 the first and before short ones the same solver runs once untimed, so that none pays for memory that
 another gave back.
 The first call, which compiles, is timed apart. Seconds are of one layer. W-errors are means over
-the same layers. Memory is as in the command line, in huge pages where the system gives them on
-request; PyTorch has them too. Nothing else should run on the machine; the load before the run is
-printed.
+the same layers. Nothing else should run on the machine; the load before the run is printed.
+Memory is as in any Python program; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 shows both with huge
+pages, which the command line of jdetune asks for.
 
 The JSON is ``{"machine": {...}, "rows": [...]}``. A row has the fields of ``Case``, ``limit``
 (``n_bytes``, ``flops``, ``seconds`` and the rates ``stream`` and ``gemm``) and ``solvers``: for
@@ -32,11 +32,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jdetune.cli import huge_pages
 from jdetune.cli.main import prepare_environment
 
 if __name__ == "__main__":  # before JAX starts
-    huge_pages.start_again(os.environ)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # compile time is measured
     prepare_environment()
 
