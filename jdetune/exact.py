@@ -147,9 +147,7 @@ def resolve(
     units = relative_spacing(models, at.units)
     more = jnp.square(residual_ratio.astype(jnp.float32)) - 1
     least_slack = jnp.sqrt(jnp.where(more > SEVERAL_ROUNDINGS, more / 12, 0))
-    arithmetic = jnp.maximum(at.variance - jnp.square(units) / 12, 0)
-    known_weight = 1 / at.variance
-    total = linalg.sum_models(known_weight)
+    total = linalg.sum_models(1 / at.variance)
 
     def one_round(carry: Resolved) -> Resolved:
         base = carry.snapped.base
@@ -161,11 +159,11 @@ def resolve(
         )
         errors = spread(at, before, conditioning)
         rest = errors_after(at, step)
-        mean = (linalg.sum_models(known_weight * rest) / total).astype(at.base.dtype)
+        mean = (linalg.sum_models(rest / at.variance) / total).astype(at.base.dtype)
         estimate = at.base + mean * at.units.row[:, None] * at.units.col
         centre = jnp.where(before, base, nearest(estimate, grid))
         rest = rest - shift_to(at, centre)
-        softness = errors.variance + arithmetic
+        softness = errors.variance + jnp.maximum(at.variance - jnp.square(units) / 12, 0)
         unresolved = _unresolved(rest, at.variance, softness)
         outside = _outside(rest, units, softness, unresolved, before)
         more = Unexplained(unresolved, jnp.maximum(outside, least_slack))
