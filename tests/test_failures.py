@@ -123,8 +123,11 @@ def shrink(path):
 
 def change(path):
     shutil.copy2(path, path.with_suffix(".away"))
-    data = path.read_bytes()
-    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with path.open("r+b") as file:  # in place: a file that is written anew is short for a moment
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
 
 
 @pytest.mark.parametrize(
