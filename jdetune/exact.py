@@ -166,15 +166,15 @@ def resolve(
         softness = errors.variance + jnp.maximum(at.variance - jnp.square(units) / 12, 0)
         unresolved = _unresolved(rest, at.variance, softness)
         outside = _outside(rest, units, softness, unresolved, before)
-        more = Unexplained(unresolved, jnp.maximum(outside, least_slack))
-        found = snap(models, at.units, rest, centre, before, softness, errors.leverage, grid, more)
+        rough = Unexplained(unresolved, jnp.maximum(outside, least_slack))
+        found = snap(models, at.units, rest, centre, before, softness, errors.leverage, grid, rough)
         amplification = jnp.where(carry.rounds == 0, errors.amplification, carry.amplification)
         fixed = jnp.mean(found.wrong < fixed_below(amplification), dtype=jnp.float32)
         return Resolved(
             snapped=found,
             step=step,
             amplification=amplification,
-            slack=more.slack,
+            slack=rough.slack,
             rounds=carry.rounds + 1,
             steps=carry.steps + count,
             grown=fixed - jnp.mean(before, dtype=jnp.float32),
