@@ -202,10 +202,8 @@ def _agree(paths: Sequence[Path], loras: Sequence[tuple[int, ...]]) -> tuple[int
 def _rows(file: _File, wanted: set[str], loras: Sequence[int]) -> Iterator[Layer]:
     """The layers asked for, one in memory at a time; row groups without any are not read."""
     arrow = columns.library()
-    with opened(file.path, file.stamp):
-        pass
     needed = [*COMMON, *(f"lora_{i}_{field}" for i in loras for field in FIELDS)]
-    with _parquet(file.path) as source:
+    with opened(file.path, file.stamp), _parquet(file.path) as source:
         row = 0
         for group in range(source.metadata.num_row_groups):
             count = source.metadata.row_group(group).num_rows

@@ -96,7 +96,8 @@ def opened(path: Path, former: Stamp | None = None) -> Iterator[Source]:
       former: what it was when it was opened before.
 
     Raises:
-      InputError: gone, no regular file, not readable, or another file than before.
+      InputError: gone, no regular file, not readable, another file than before, or changed by the
+        end: what was read from it meanwhile may be of two versions.
     """
     flags = os.O_RDONLY
     for name in _FLAGS:
@@ -107,17 +108,26 @@ def opened(path: Path, former: Stamp | None = None) -> Iterator[Source]:
         found = os.fstat(descriptor)
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
-    source = Source(path, descriptor, Stamp(found.st_size, found.st_mtime_ns, found.st_ino))
+    source = Source(path, descriptor, _stamp(found))
     try:
         check_regular(path, found)
-        if former is not None and source.stamp != former:
-            raise InputError(
-                f"{path}: changed while it was used: {former.size} bytes before, {found.st_size} "
-                "now, or written anew. Run again when nothing writes to it."
-            )
+        _check_same(path, former or source.stamp, source.stamp)
         yield source
+        _check_same(path, source.stamp, _stamp(os.fstat(descriptor)))
     finally:
         source.close()
+
+
+def _stamp(found: os.stat_result) -> Stamp:
+    return Stamp(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def _check_same(path: Path, former: Stamp, now: Stamp) -> None:
+    if now != former:
+        raise InputError(
+            f"{path}: changed while it was used: {former.size} bytes before, {now.size} now, or "
+            "written anew. Run again when nothing writes to it."
+        )
 
 
 def check_regular(path: Path, found: os.stat_result) -> None:

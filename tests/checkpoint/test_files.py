@@ -150,6 +150,25 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_signal(
         read(found, "a.weight")
 
 
+@pytest.mark.parametrize("read", [read_tensor, tensor_digest, lambda c, n: read_stack([c], n)])
+@pytest.mark.parametrize("longer", [0, 1])
+def test_a_file_that_changes_in_place_while_it_is_read_is_refused(
+    tmp_path, monkeypatch, read, longer
+):
+    model = pico.write(tmp_path / "m", BIG)
+    found, honest = open_checkpoint(model), files.Source.fill
+
+    def changing(self, start, data):
+        honest(self, start, data)
+        with (model / "model.safetensors").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"?" * (1 + longer))
+
+    monkeypatch.setattr(files.Source, "fill", changing)
+    with pytest.raises(InputError, match="changed while it was used"):
+        read(found, "a.weight")
+
+
 def test_a_disk_that_fails_is_an_input_error(tmp_path, monkeypatch):
     found = open_checkpoint(pico.write(tmp_path / "m", SMALL))
 
