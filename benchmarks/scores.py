@@ -167,9 +167,7 @@ def _snap_true(merged, left, right, dtype: str):
         units=units,
         error=at.error - shift_to(at, centre),
         centre=centre,
-        known=jnp.zeros(centre.shape, bool),
         softness=arithmetic,
-        leverage=jnp.zeros_like(arithmetic),
         grid=grid,
     )
     return found.base, found.wrong

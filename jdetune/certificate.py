@@ -6,7 +6,9 @@ to what each element's leverage says, is the ``spread`` that ``jdetune.exact`` t
 the error of the base relative to what it would be if the updates were known is the amplification.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +16,14 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jdetune import linalg
+from jdetune.blocks import by_rows
 from jdetune.solvers.relative import Relative, tangent_of
 from jdetune.solvers.tangent import (
+    UNROLLED,
     Tangent,
     conjugate_gradients,
-    free_information,
+    pair,
     sharper,
-    to_matrices,
     to_tangent,
 )
 from jdetune.status import Status
@@ -37,16 +40,37 @@ AT_THE_FLOOR = 2.0
 class Spread(NamedTuple):
     """Errors of the updates and of the base that rounding alone makes; float32.
 
+    The variance of an update's element is ``tall @ wide``, the leverage's, times a factor: a row's
+    times a column's, or the least. In squared units of the layer's rounding error.
+
     Attributes:
-      variance: variance of each update's elements, by leverage times ``factor``, in squared units
-        of the layer's rounding error.
-      leverage: share of each element's own error that its update takes up.
+      tall: rows of the leverage variance.
+      wide: columns of it.
+      rows: factor of each row.
+      cols: factor of each column.
+      least: factor at least.
       amplification: rms error of the base over that with the updates known.
     """
 
-    variance: Float[Array, "model row col"]
-    leverage: Float[Array, "model row col"]
+    tall: Float[Array, "model row 3"]
+    wide: Float[Array, "model 3 col"]
+    rows: Float[Array, "row 1"]
+    cols: Float[Array, "1 col"]
+    least: Float[Array, ""]
     amplification: Float[Array, ""]
+
+    def at_rows(self, tall: Array, rows: Array) -> "Spread":
+        """The same of some rows, given ``tall`` and ``rows`` of them."""
+        return self._replace(tall=tall, rows=rows)
+
+    def variance(self) -> Float[Array, "model row col"]:
+        """Variance of each update's elements."""
+        factor = jnp.maximum(self.rows * self.cols, self.least)
+        return _low_rank(self.tall, self.wide) * factor
+
+    def leverage(self, weight: Float[Array, "model row col"]) -> Float[Array, "model row col"]:
+        """Share of each element's own error that its update takes up, in a fit weighted so."""
+        return jnp.minimum(_low_rank(self.tall, self.wide) * weight, 0.5)
 
 
 def spread(
@@ -66,57 +90,95 @@ def spread(
     Returns:
       Variances, leverages and amplification.
     """
-    tangent = tangent_of(at, at.weight, known)
-    errors = _signs(*tangent.weight.shape) * jax.lax.rsqrt(tangent.weight)
-    mean = linalg.sum_models(tangent.weight * errors) / tangent.total
-    gradient = to_tangent(tangent, tangent.weight * (errors - mean))
+    tangent = tangent_of(at, known)
+    words = _random_words(*tangent.weight.shape)
+    drawn = (words, tangent.weight, tangent.total)
+
+    def weighted(rows: tuple[Array, ...]) -> Array:
+        words, weight, total = rows
+        errors = _errors(words, weight)
+        mean = linalg.sum_models(weight * errors) / total
+        return weight * (errors - mean)
+
+    gradient = to_tangent(tangent, drawn, weighted)
     share = (GOAL * sharper(conditioning)).astype(jnp.float32)
     step, _ = conjugate_gradients(tangent, gradient, MAX_STEPS, share=share)
-    moved = to_matrices(tangent, step)
-    alone = _leverage_variance(tangent)
-    whole = linalg.sum_models(tangent.weight)
-    factor = _power(moved, alone, jnp.where(known, 1e-6, 1.0) * whole)
-    moved_base = linalg.sum_models(tangent.weight * (errors - moved)) / tangent.total
-    share = jnp.sum(jnp.where(known, 0, whole * jnp.square(moved_base)))
-    share = share / jnp.maximum(jnp.sum(~known, dtype=jnp.float32), 1)
-    return Spread(
-        variance=alone * factor,
-        leverage=jnp.minimum(alone * tangent.weight, 0.5),
-        amplification=jnp.sqrt(share),
-    )
+    moved_rows, moved_cols = pair(tangent, step)
+    tall, wide = _leverage_variance(tangent)
+
+    def power(rows: tuple) -> tuple[Any, Any]:
+        (words, weight, total), known, moved_rows, tall = rows
+        moved = linalg.each_model(lambda p: linalg.matmul(*p), (moved_rows, moved_cols), UNROLLED)
+        whole = linalg.sum_models(weight)
+        matters = jnp.where(known, 1e-6, 1.0) * whole
+        single = matters * linalg.sum_models(jnp.square(moved))
+        together = matters * jnp.square(linalg.sum_models(moved))
+        moved_base = linalg.sum_models(weight * (_errors(words, weight) - moved)) / total
+        base = jnp.where(known, 0, whole * jnp.square(moved_base))
+        cols, each = ([expected] for expected in _sums_of_product(matters, tall, wide))
+        for figure in (single, together):
+            cols.append(jnp.sum(figure, axis=0, keepdims=True))
+            each.append(jnp.sum(figure, axis=1, keepdims=True))
+        return (cols, jnp.sum(base), jnp.sum(~known, dtype=jnp.float32)), each
+
+    (cols, base, unknown), rows = by_rows(power, (drawn, known, moved_rows, tall))
+    return Spread(tall, wide, *_factors(rows, cols), jnp.sqrt(base / jnp.maximum(unknown, 1)))
 
 
-def _signs(n_models: int, row: int, col: int) -> Float[Array, "model row col"]:
-    """Random signs, 32 models from one random word: drawing is a large part of a replicate."""
-    words = jax.random.bits(jax.random.key(1), (-(-n_models // 32), row, col), jnp.uint32)
-    models = [words[k // 32] >> (k % 32) & 1 for k in range(n_models)]
-    return 1 - 2 * jnp.stack(models).astype(jnp.float32)
+def _random_words(n_models: int, row: int, col: int) -> Array:
+    """Random bits, one a model: drawing is a large part of a replicate."""
+    return jax.random.bits(jax.random.key(1), (-(-n_models // 32), row, col), jnp.uint32)
 
 
-def _leverage_variance(tangent: Tangent) -> Float[Array, "model row col"]:
+def _errors(words: Array, weight: Float[Array, "model row col"]) -> Float[Array, "model row col"]:
+    """Errors of the size that the weights say, of random sign."""
+    n_models = weight.shape[0]
+    places = jnp.arange(min(32, n_models), dtype=jnp.uint32)[:, None, None]
+    bits = jnp.concatenate([word >> places & 1 for word in words])[:n_models]
+    return (1 - 2 * bits.astype(jnp.float32)) * jax.lax.rsqrt(weight)
+
+
+def _leverage_variance(tangent: Tangent) -> tuple[Array, Array]:
     """Variance of the updates' elements if rows and columns were fitted one by one."""
-    free = free_information(tangent)
-    rows, cols = _positive(jnp.mean(free, axis=2)), _positive(jnp.mean(free, axis=1))
-    u = jnp.sum(jnp.square(tangent.left), axis=2)
-    v = jnp.sum(jnp.square(tangent.right), axis=2)
-    whole = _positive(jnp.mean(rows, axis=1))[:, None, None]
-    both = u[:, :, None] * v[:, None, :]
-    return u[:, :, None] / cols[:, None, :] + v[:, None, :] / rows[:, :, None] - both / whole
+    rows, cols = _positive(tangent.rows), _positive(tangent.cols)
+    u = jnp.sum(jnp.square(tangent.left), axis=2)[:, :, None]
+    v = jnp.sum(jnp.square(tangent.right), axis=2)[:, None, :]
+    whole = _positive(jnp.mean(rows, axis=1, keepdims=True))
+    tall = jnp.concatenate([u, 1 / rows, -u / whole], axis=2)
+    return tall, jnp.concatenate([1 / cols, v, v], axis=1)
 
 
-def _power(moved: Array, alone: Array, matters: Array) -> Float[Array, "row col"]:
-    """Power of a replicate over that of the leverages, as row and column factors.
+def _low_rank(tall: Array, wide: Array) -> Float[Array, "model row col"]:
+    """A product with so few terms that it is no more than three passes over a matrix."""
+    terms = [tall[:, :, k, None] * wide[:, None, k, :] for k in range(tall.shape[2])]
+    return functools.reduce(jnp.add, terms)
+
+
+def _sums_of_product(
+    matters: Float[Array, "row col"], tall: Array, wide: Array
+) -> tuple[Float[Array, "1 col"], Float[Array, "row 1"]]:
+    """Column and row sums of ``matters`` times a product, all models together, without it."""
+    narrow = jnp.moveaxis(tall, 0, 1).reshape(tall.shape[1], -1)
+    flat = wide.reshape(-1, wide.shape[2])
+    cols = jnp.sum(flat * linalg.matmul(narrow.T, matters), axis=0, keepdims=True)
+    return cols, jnp.sum(narrow * linalg.matmul(matters, flat.T), axis=1, keepdims=True)
+
+
+def _factors(rows: Sequence[Array], cols: Sequence[Array]) -> tuple[Array, Array, Array]:
+    """Power of a replicate over that of the leverages: a row's and a column's factor, the least.
 
     Of single updates, or of their mean where errors common to all models make that the larger.
+
+    Args:
+      rows: sums of each row: expected, of single updates, of their mean.
+      cols: the same of each column.
     """
-    expected = matters * linalg.sum_models(alone)
-    single = matters * linalg.sum_models(jnp.square(moved))
-    together = matters * jnp.square(linalg.sum_models(moved))
-    power = jnp.where(jnp.sum(together) > jnp.sum(single), together, single)
-    rows = jnp.sum(power, axis=1) / _positive(jnp.sum(expected, axis=1))
-    cols = jnp.sum(power, axis=0) / _positive(jnp.sum(expected, axis=0))
-    whole = jnp.sum(power) / _positive(jnp.sum(expected))
-    return jnp.maximum(rows[:, None] * cols / _positive(whole), LEAST_FACTOR * whole)
+    larger = jnp.sum(cols[2]) > jnp.sum(cols[1])
+    rows_power, cols_power = (jnp.where(larger, part[2], part[1]) for part in (rows, cols))
+    whole = jnp.sum(cols_power) / _positive(jnp.sum(cols[0]))
+    rows_factor = rows_power / _positive(rows[0])
+    cols_factor = cols_power / _positive(cols[0]) / _positive(whole)
+    return rows_factor, cols_factor, LEAST_FACTOR * whole
 
 
 def _positive(value: Array) -> Array:

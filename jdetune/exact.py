@@ -15,12 +15,13 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jdetune import linalg
+from jdetune.blocks import by_rows
 from jdetune.certificate import spread
 from jdetune.grids import Grid, nearest
 from jdetune.noise import Weights, as_merged
 from jdetune.snap import Snapped, Unexplained, relative_spacing, snap
 from jdetune.solvers.refit import newton_step, shift_to
-from jdetune.solvers.relative import Relative, errors_after, moved, zero_step
+from jdetune.solvers.relative import Relative, errors_after, moved, pair_after, zero_step
 from jdetune.solvers.tangent import Step
 
 #: An element is fixed for the next fit if all other grid points together are less likely than this
@@ -55,49 +56,62 @@ def fixed_below(amplification: Float[Array, ""]) -> Float[Array, ""]:
     return FIXED / jnp.maximum(amplification, 1) ** 2
 
 
-def _outside(
+class _Sums(NamedTuple):
+    """Sums over elements that count, of each model: their number, of what is seen and expected."""
+
+    number: Float[Array, " model"]
+    seen: Float[Array, " model"]
+    expected: Float[Array, " model"]
+
+    def means(self) -> tuple[Array, Array]:
+        """Means of what is seen and expected."""
+        number = jnp.maximum(self.number, 1)
+        return self.seen / number, self.expected / number
+
+
+def _sums(counts: Array, seen: Array, expected: Array) -> _Sums:
+    def total(values: Array | int) -> Array:
+        return jnp.sum(jnp.where(counts, values, 0).astype(seen.dtype), axis=(1, 2))
+
+    return _Sums(total(1), total(seen), total(expected))
+
+
+def _seen_outside(
     error: Array, units: Array, softness: Array, unresolved: Array, known: Array
-) -> Float[Array, " model"]:
-    """Deviation of unexplained error in units of spacing: how far residuals leave their intervals.
+) -> _Sums:
+    """How far residuals of known elements leave their intervals, in units of spacing."""
+    outside = jnp.maximum(jnp.abs(error) / units - 0.5, 0)
+    deviation = jnp.sqrt(softness + unresolved[:, None, None]) / units
+    counts = known & (deviation < 0.3)
+    return _sums(counts, jnp.minimum(jnp.square(outside), 1), deviation**3)
+
+
+def _outside(sums: _Sums) -> Float[Array, " model"]:
+    """Deviation of unexplained error in units of spacing, from ``_seen_outside``.
 
     An error uniform on one unit plus a normal one of small deviation s leaves its interval by a
     mean square of 0.532 s^3.
     """
-
-    def one(operands: tuple[Array, ...]) -> Array:
-        error, units, softness, unresolved = operands
-        outside = jnp.maximum(jnp.abs(error) / units - 0.5, 0)
-        deviation = jnp.sqrt(softness + unresolved) / units
-        counts = known & (deviation < 0.3)
-        seen = _mean_where(counts, jnp.minimum(jnp.square(outside), 1))
-        excess = seen - 1.5 * 0.532 * _mean_where(counts, deviation**3) - 1e-5
-        return jnp.cbrt(jnp.maximum(excess, 0) / 0.532)
-
-    return linalg.each_model(one, (error, units, softness, unresolved))
+    seen, cubes = sums.means()
+    excess = seen - 1.5 * 0.532 * cubes - 1e-5
+    return jnp.cbrt(jnp.maximum(excess, 0) / 0.532)
 
 
-def _unresolved(error: Array, variance: Array, softness: Array) -> Float[Array, " model"]:
-    """Variance of updates too small to be found, seen where the grid is fine enough to show them.
+def _seen_fine(error: Array, variance: Array, softness: Array, usual: Array) -> _Sums:
+    """Residuals of elements whose rounding error is far below the usual."""
+    fine = variance < FINE * usual[:, None, None]
+    return _sums(fine, jnp.square(error), variance + softness)
 
-    Judged by elements whose rounding error is far below the usual; half again what is expected of
-    them is no sign of anything.
+
+def _unresolved(sums: _Sums) -> Float[Array, " model"]:
+    """Variance of updates too small to be found, from ``_seen_fine``.
+
+    The grid is fine enough there to show them; half again what is expected is no sign of anything.
     """
-    n_models = error.shape[0]
-
-    def one(operands: tuple[Array, ...]) -> Array:
-        error, variance, softness = operands
-        fine = variance < FINE * jnp.mean(variance)
-        seen = _mean_where(fine, jnp.square(error)) * n_models / (n_models - 1)
-        expected = _mean_where(fine, variance + softness)
-        enough = jnp.sum(fine, dtype=error.dtype) > 100
-        return jnp.where(enough & (seen > 2 * expected), seen - expected, 0)
-
-    return linalg.each_model(one, (error, variance, softness))
-
-
-def _mean_where(where: Array, values: Array) -> Float[Array, ""]:
-    number = jnp.maximum(jnp.sum(where, dtype=values.dtype), 1)
-    return jnp.sum(jnp.where(where, values, 0)) / number
+    n_models = sums.number.shape[0]
+    seen, expected = sums.means()
+    seen = seen * n_models / (n_models - 1)
+    return jnp.where((sums.number > 100) & (seen > 2 * expected), seen - expected, 0)
 
 
 class Resolved(NamedTuple):
@@ -143,11 +157,15 @@ def resolve(
     Returns:
       The base on its grid, and B and A of the updates fitted with it.
     """
-    models = as_merged(weights)
-    units = relative_spacing(models, at.units)
+    models = as_merged(weights)._replace(values=jnp.asarray(as_merged(weights).values))
     more = jnp.square(residual_ratio.astype(jnp.float32)) - 1
     least_slack = jnp.sqrt(jnp.where(more > SEVERAL_ROUNDINGS, more / 12, 0))
-    total = linalg.sum_models(1 / at.variance)
+    usual = jnp.mean(at.variance, axis=(1, 2))
+    unit = at.units.row[:, None]
+
+    def spaced(values: Array, unit: Array) -> Array:
+        here = models._replace(values=values)
+        return relative_spacing(here, at.units._replace(row=unit[:, 0]))
 
     def one_round(carry: Resolved) -> Resolved:
         base = carry.snapped.base
@@ -158,16 +176,38 @@ def resolve(
             lambda: (carry.step, jnp.zeros_like(carry.steps)),
         )
         errors = spread(at, before, conditioning)
-        rest = errors_after(at, step)
-        mean = (linalg.sum_models(rest / at.variance) / total).astype(at.base.dtype)
-        estimate = at.base + mean * at.units.row[:, None] * at.units.col
-        centre = jnp.where(before, base, nearest(estimate, grid))
-        rest = rest - shift_to(at, centre)
-        softness = errors.variance + jnp.maximum(at.variance - jnp.square(units) / 12, 0)
-        unresolved = _unresolved(rest, at.variance, softness)
-        outside = _outside(rest, units, softness, unresolved, before)
-        rough = Unexplained(unresolved, jnp.maximum(outside, least_slack))
-        found = snap(models, at.units, rest, centre, before, softness, errors.leverage, grid, rough)
+        tall, wide = pair_after(at, step)
+
+        def centred(rows: tuple) -> tuple[tuple, tuple[Array, ...]]:
+            """Around the nearest grid point: what is left over, and how soft intervals are."""
+            values, unit, error, variance, tall, before, base, of_base, leverages = rows
+            rest = errors_after(error, tall, wide)
+            mean = linalg.sum_models(rest / variance) / linalg.sum_models(1 / variance)
+            estimate = of_base + mean.astype(of_base.dtype) * unit * at.units.col
+            centre = jnp.where(before, base, nearest(estimate, grid))
+            rest = rest - ((centre - of_base) / unit / at.units.col).astype(rest.dtype)
+            arithmetic = variance - jnp.square(spaced(values, unit)) / 12
+            softness = errors.at_rows(*leverages).variance() + jnp.maximum(arithmetic, 0)
+            power = jnp.sum(jnp.square(rest)), jnp.sum(variance)
+            sums = _seen_fine(rest, variance, softness, usual), power
+            return sums, (rest, centre, softness)
+
+        leverages = errors.tall, errors.rows
+        rows = (models.values, unit, at.error, at.variance, tall, before, base, at.base, leverages)
+        (fine, (left_over, expected)), (rest, centre, softness) = by_rows(centred, rows)
+        unresolved = _unresolved(fine)
+
+        def outside(rows: tuple) -> tuple[_Sums, Array]:
+            """How far outside of their intervals errors are, and errors less their own pull."""
+            values, unit, rest, softness, weight, before, leverages = rows
+            seen = _seen_outside(rest, spaced(values, unit), softness, unresolved, before)
+            own = errors.at_rows(*leverages).leverage(weight)
+            return seen, jnp.where(before, rest / (1 - own), rest)
+
+        rows = (models.values, unit, rest, softness, at.weight, before, leverages)
+        seen, error = by_rows(outside, rows)
+        rough = Unexplained(unresolved, jnp.maximum(_outside(seen), least_slack))
+        found = snap(models, at.units, error, centre, softness, grid, rough)
         amplification = jnp.where(carry.rounds == 0, errors.amplification, carry.amplification)
         fixed = jnp.mean(found.wrong < fixed_below(amplification), dtype=jnp.float32)
         return Resolved(
@@ -178,7 +218,7 @@ def resolve(
             rounds=carry.rounds + 1,
             steps=carry.steps + count,
             grown=fixed - jnp.mean(before, dtype=jnp.float32),
-            residual_ratio=jnp.sqrt(jnp.sum(jnp.square(rest)) / jnp.sum(at.variance)),
+            residual_ratio=jnp.sqrt(left_over / expected),
         )
 
     def going(carry: Resolved) -> Array:

@@ -15,6 +15,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jdetune import linalg
+from jdetune.blocks import by_rows
 from jdetune.types import Array as AnyArray
 
 #: Safety factor on the spectral edge: finite matrices leave the asymptotic edge by a few percent.
@@ -191,7 +192,12 @@ def merge_variance(
 
 def fit_variance(variance: Float[Array, "model row col"]) -> Float[Array, "model row col"]:
     """Variances that a fit weighs by: not below a thousandth of their row's and column's usual."""
-    rows = jnp.mean(variance, axis=(0, 2))
-    cols = jnp.mean(variance, axis=(0, 1))
-    usual = rows[:, None] * cols / jnp.mean(variance)
+
+    def some(variance: Array) -> tuple[Array, Array]:
+        models = linalg.sum_models(variance)
+        return jnp.sum(models, axis=0), jnp.sum(models, axis=1, keepdims=True)
+
+    n_models, _, col = variance.shape
+    cols, rows = by_rows(some, variance)
+    usual = rows / (n_models * col) * (cols / jnp.mean(cols))
     return jnp.maximum(variance, FIT_FLOOR * usual)

@@ -15,10 +15,13 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jdetune import linalg
+from jdetune.blocks import by_rows
 from jdetune.grids import Grid, at_binade, nearest, step_up, unit_of
 from jdetune.noise import Merged, Weights, as_merged, spacing
 from jdetune.solvers.pairs import Scales
 
+#: Rows of a block, at least: all that is made of them stays in the cache.
+SNAP_ROWS = 16
 #: Grid points tried either side of the estimate.
 REACH = 2
 #: Where the estimate's deviation is above this many grid units, points are not told apart.
@@ -84,9 +87,7 @@ def snap(
     units: Scales,
     error: Float[Array, "model row col"],
     centre: Float[Array, "row col"],
-    known: Bool[Array, "row col"],
     softness: Float[Array, "model row col"],
-    leverage: Float[Array, "model row col"],
     grid: Grid,
     unexplained: Unexplained | None = None,
 ) -> Snapped:
@@ -98,12 +99,10 @@ def snap(
     Args:
       weights: merged weights of one layer as stored.
       units: of the rounding error (``relative.units_of``); what follows is measured in them.
-      error: what the centre and the updates leave over.
+      error: what the centre and the updates leave over, less what it pulled the updates itself.
       centre: estimate of the base, on its grid; in units of the weights.
-      known: elements that the updates were fitted with; their own pull on the fit is taken out.
       softness: variance of all error but the last rounding: that of the updates' elements and of
         the merge's arithmetic.
-      leverage: share of each element's own error that the fit took up.
       grid: of the base.
       unexplained: comes on top of ``softness``; nothing if None.
 
@@ -111,29 +110,21 @@ def snap(
       The base in the dtype of ``centre`` with its probabilities.
     """
     models = jax.tree.map(jnp.asarray, as_merged(weights))
-    n_models, row, col = models.values.shape
-    size = linalg.row_block(row, 4 * n_models * col)
+    n_models = models.values.shape[0]
     middle = centre.astype(jnp.float32)
-    rows = units.row.astype(jnp.float32)
+    around = Scales(*(side.astype(jnp.float32) for side in units))
     if unexplained is None:
         unexplained = Unexplained(*jnp.zeros((2, n_models), jnp.float32))
 
-    def block(index: Array) -> _Block:
-        def slab(array: Array, axis: int = 0) -> Array:
-            return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
+    def some(rows: tuple) -> tuple[tuple[()], _Block]:
+        values, unit, error, middle, softness = rows
+        here, scales = models._replace(values=values), Scales(unit[:, 0], around.col)
+        return (), _snap_block(here, scales, error, middle, softness, grid, unexplained)
 
-        here = models._replace(values=slab(models.values, 1))
-        around = Scales(slab(rows), units.col.astype(jnp.float32))
-        some = (slab(error, 1), slab(middle), slab(known), slab(softness, 1), slab(leverage, 1))
-        return _snap_block(here, around, *some, grid, unexplained)
-
-    if size == row:
-        found = block(jnp.int32(0))
-    else:
-        blocks = jax.lax.map(block, jnp.arange(row // size, dtype=jnp.int32))
-        found = jax.tree.map(lambda part: part.reshape(row, col), blocks)
+    rows = (models.values, around.row[:, None], error, middle, softness)
+    _, found = by_rows(some, rows, SNAP_ROWS)
     zero = found.may_be_zero
-    chance = _chance(middle / rows[:, None] / units.col.astype(jnp.float32), found.deviation, zero)
+    chance = _chance(middle / around.row[:, None] / around.col, found.deviation, zero)
     wrong = jnp.where(zero, chance, found.wrong)
     squared = jnp.where(zero, wrong * found.error, found.error)
     nothing = jnp.all(models.values == 0, axis=0)  # a zero row: updates leave it alone
@@ -158,9 +149,7 @@ def _snap_block(
     units: Scales,
     error: Array,
     centre: Array,
-    known: Array,
     softness: Array,
-    leverage: Array,
     grid: Grid,
     unexplained: Unexplained,
 ) -> _Block:
@@ -169,7 +158,6 @@ def _snap_block(
     units_here = relative_spacing(models, units)
     flat, slack = (part[:, None, None] for part in unexplained)
     softness = softness + flat + jnp.square(slack * units_here)
-    error = jnp.where(known, error / (1 - leverage), error)
     unit = unit_of(centre, grid) * inverse
     information = linalg.sum_models(1 / (softness + jnp.square(units_here) / 12))
     deviation = jax.lax.rsqrt(information)

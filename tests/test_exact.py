@@ -59,9 +59,7 @@ def test_one_point_in_all_intervals_is_found_by_brute_force():
             units,
             jnp.asarray((merged.astype(np.float64) - offset - left @ right) / unit, jnp.float32),
             offset,
-            jnp.zeros(base.shape, bool),
             jnp.asarray(1e-6 * spaced**2, jnp.float32),
-            jnp.zeros(merged.shape, jnp.float32),
             grid,
         )
     alone = fits.sum(0) == 1

@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 #: Later layers may import earlier ones, never the other way.
 LAYERS = [
     {"types", "behind", "busy", "deferred", "errors", "status", "metrics"},
-    {"noise", "linalg", "result", "rank_schedule", "synth"},
+    {"noise", "linalg", "blocks", "result", "rank_schedule", "synth"},
     {"stack", "core", "ranks", "factors"},
     {"solvers"},
     {"exact", "certificate", "grids", "snap"},

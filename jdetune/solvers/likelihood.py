@@ -20,9 +20,10 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jdetune import linalg
+from jdetune.blocks import by_rows
 from jdetune.noise import Weights, as_merged, merge_variance
 from jdetune.solvers.pairs import Scales
-from jdetune.solvers.relative import Relative, moved, tangent_of, units_of, view
+from jdetune.solvers.relative import Relative, again, moved, tangent_of, units_of, view
 from jdetune.solvers.tangent import (
     Step,
     conjugate_gradients,
@@ -120,12 +121,13 @@ def refine(
     rounds = options.rounds if left.dtype == jnp.float64 else min(options.rounds, FLOAT32_ROUNDS)
     goal = freedom * (options.tolerance**2 * sharper(conditioning)).astype(jnp.float32)
 
-    def look(left: Array, right: Array) -> tuple[Relative, Step, Array]:
-        at = view(models, left, right, active, units, variance)
-        tangent = tangent_of(at, at.weight)
-        mean = linalg.sum_models(at.weight * at.error) / tangent.total
-        gradient = to_tangent(tangent, at.weight * (at.error - mean))
-        return at, gradient, preconditioned_size(tangent, gradient)
+    at = view(models, left, right, active, units, variance)
+    tangent = tangent_of(at)
+
+    def look(at: Relative) -> tuple[Step, Array]:
+        space = tangent._replace(left=at.left, right=at.right)
+        gradient = to_tangent(space, (at.weight, at.error), _weighted)
+        return gradient, preconditioned_size(space, gradient)
 
     def going(carry: tuple) -> Array:
         found, _, _, size = carry
@@ -133,19 +135,27 @@ def refine(
 
     def one_round(carry: tuple) -> tuple:
         found, at, gradient, _ = carry
-        tangent = tangent_of(at, at.weight)
-        step, count = conjugate_gradients(tangent, gradient, options.max_steps, goal)
+        space = tangent._replace(left=at.left, right=at.right)
+        step, count = conjugate_gradients(space, gradient, options.max_steps, goal)
         left, right = moved(at, step)
-        at, gradient, size = look(left, right)
+        at = again(models, left, right, active, units, variance, at.weight)
+        gradient, size = look(at)
         reached = jnp.sqrt(size / freedom)
         found = Refined(left, right, found.steps + count, reached, found.rounds + 1)
         return found, at, gradient, size
 
-    at, gradient, size = look(left, right)
+    gradient, size = look(at)
     none = jnp.zeros_like(ranks[0])
     start = Refined(left, right, none, jnp.sqrt(size / freedom), none)
     found, at, _, _ = jax.lax.while_loop(going, one_round, (start, at, gradient, size))
     return found, at
+
+
+def _weighted(rows: tuple[Array, Array]) -> Float[Array, "model row col"]:
+    """Errors times weights, with the base that fits best."""
+    weight, error = rows
+    mean = linalg.sum_models(weight * error) / linalg.sum_models(weight)
+    return weight * (error - mean)
 
 
 def most_likely(
@@ -175,8 +185,14 @@ def most_likely(
     """
     found, at = refine(weights, left, right, ranks, scales, options, rounding, conditioning)
     n_models = left.shape[0]
-    share = jnp.sum(jnp.square(at.error)) / jnp.sum(at.variance)
+
+    def some(rows: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        error, variance = rows
+        sums = jnp.sum(jnp.square(error)), jnp.sum(variance)
+        return sums, linalg.sum_models(1 / variance)
+
+    (left_over, expected), information = by_rows(some, (at.error, at.variance))
+    share = left_over / expected
     ratio = jnp.sqrt(share * n_models / (n_models - 1)).astype(left.dtype)
-    units = jnp.square(at.units.row[:, None] * at.units.col)
-    known = units / linalg.sum_models(1 / at.variance).astype(left.dtype)
+    known = jnp.square(at.units.row[:, None] * at.units.col) / information.astype(left.dtype)
     return MostLikely(found, at.base, known, ratio, at)

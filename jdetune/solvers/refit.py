@@ -6,23 +6,35 @@ half a unit either side. Least squares wastes that: the estimate with loss :math
 Elements that are not known keep least squares with the base eliminated.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jdetune import linalg
+from jdetune.blocks import by_rows
 from jdetune.noise import Weights, as_merged, merge_variance
 from jdetune.solvers.pairs import Scales
 from jdetune.solvers.relative import (
     Relative,
     errors_after,
     moved,
-    tangent_of,
+    pair_after,
     units_of,
     view,
     zero_step,
 )
-from jdetune.solvers.tangent import Step, axpy, conjugate_gradients, to_tangent
+from jdetune.solvers.tangent import (
+    Step,
+    Tangent,
+    as_step,
+    axpy,
+    conjugate_gradients,
+    information,
+    onto,
+    project,
+)
 
 #: Share of the preconditioned gradient, squared, to stop at: this is one Newton step of several.
 GOAL = 1e-2
@@ -93,13 +105,25 @@ def newton_step(
     Returns:
       Where the updates are then, and conjugate gradient steps.
     """
-    error = errors_after(at, step)
-    mean = linalg.sum_models(at.weight * error) / linalg.sum_models(at.weight)
-    error = error - jnp.where(known, away, mean)
-    share = jnp.minimum(jnp.square(error) * at.weight / 3, CLIP**2)
-    slope = jnp.where(known, share, 1) * at.weight
-    curvature = jnp.where(known, 3 * (1 - SHARE) * share + SHARE, 1) * at.weight
-    tangent = tangent_of(at, curvature, known)
-    gradient = to_tangent(tangent, slope * error)
+    tall, wide = pair_after(at, step)
+
+    def some(rows: tuple[Array, ...]) -> tuple[Any, Any]:
+        error, left, tall, weight, away, known = rows
+        error = errors_after(error, tall, wide)
+        mean = linalg.sum_models(weight * error) / linalg.sum_models(weight)
+        error = error - jnp.where(known, away, mean)
+        share = jnp.minimum(jnp.square(error) * weight / 3, CLIP**2)
+        curvature = jnp.where(known, 3 * (1 - SHARE) * share + SHARE, 1) * weight
+        total = jnp.where(known, jnp.inf, linalg.sum_models(curvature))
+        slope = jnp.where(known, share, 1) * weight
+        q, p = onto(left, at.right, (slope, error), jnp.multiply)
+        cols, each = information(curvature, total)
+        return (q, cols), (p, curvature, total, each)
+
+    rows = (at.error, at.left, tall, at.weight, away, known)
+    (q, cols), (p, curvature, total, each) = by_rows(some, rows)
+    parts = (at.left, at.right, at.active, curvature, total, each, cols / away.shape[0])
+    tangent = Tangent(*parts)
+    gradient = project(tangent, as_step(q, p))
     z, count = conjugate_gradients(tangent, gradient, MAX_STEPS, share=GOAL)
     return axpy(step, jnp.float32(1), z), count

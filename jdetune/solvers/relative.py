@@ -16,9 +16,11 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jdetune import linalg
+from jdetune.blocks import by_rows
 from jdetune.noise import Merged, fit_variance, spacing
 from jdetune.solvers.pairs import Scales
-from jdetune.solvers.tangent import Step, Tangent
+from jdetune.solvers.tangent import UNROLLED, Step, Tangent, information
+from jdetune.types import Array as AnyArray
 
 
 class Relative(NamedTuple):
@@ -76,9 +78,21 @@ def view(
       units: from ``units_of``.
       variance: from ``noise.merge_variance`` in these units.
     """
+    return again(models, left, right, active, units, variance, 1 / fit_variance(variance))
+
+
+def again(
+    models: Merged,
+    left: Float[Array, "model row rank"],
+    right: Float[Array, "model rank col"],
+    active: Bool[Array, "model rank"],
+    units: Scales,
+    variance: Float[Array, "model row col"],
+    weight: Float[Array, "model row col"],
+) -> Relative:
+    """``view`` with weights that are known already."""
     u, v, through, core = _spaces(left / units.row[:, None], right / units.col, active)
-    weight = 1 / fit_variance(variance)
-    error, base = _errors(models, left, right, units, weight, variance)
+    error, base = _errors(models.values, left, right, units, variance)
     return Relative(
         units=units,
         left=u.astype(jnp.float32),
@@ -114,43 +128,59 @@ def _inverse(core: Array, active: Array) -> Array:
 
 
 def _errors(
-    models: Merged, left: Array, right: Array, units: Scales, weight: Array, variance: Array
+    values: AnyArray, left: Array, right: Array, units: Scales, variance: Array
 ) -> tuple[Array, Array]:
     """What is left over with the most likely base, and that base.
 
     Summed relative to the first model, so that nothing is lost to the size of the weights.
     """
-    dtype = left.dtype
-    reference = jnp.asarray(models.values)[0].astype(dtype)
-    first = linalg.matmul(left[0], right[0])
-    inverse = 1 / units.row[:, None], 1 / units.col
+    dtype, across = left.dtype, 1 / units.col
+
+    def some(rows: tuple[Array, ...]) -> tuple[tuple[()], tuple[Array, Array]]:
+        values, left, variance, unit = rows
+        reference = values[0].astype(dtype)
+        first, inverse = linalg.matmul(left[0], right[0]), 1 / unit
+
+        def one(operands: tuple[Array, ...]) -> Array:
+            stored, b, a = operands
+            away = (stored.astype(dtype) - reference) - linalg.matmul(b, a) + first
+            return (away * inverse * across).astype(jnp.float32)
+
+        error = linalg.each_model(one, (values, left, right))
+        known = 1 / variance
+        mean = linalg.sum_models(known * error) / linalg.sum_models(known)
+        shift = mean.astype(dtype) * unit * units.col
+        return (), (error - mean, reference + (shift - first))
+
+    return by_rows(some, (jnp.asarray(values), left, variance, units.row[:, None]))[1]
+
+
+def pair_after(at: Relative, step: Step) -> tuple[Array, Array]:
+    """What a move of the updates adds to them, as products: [model, row, 2 rank] and [.., col]."""
+    moved_right = at.right + linalg.contract("mca,mab->mcb", step.q, at.turn)
+    tall = jnp.concatenate([step.p, at.left], axis=2)
+    wide = jnp.concatenate([moved_right, step.q], axis=2)
+    return tall, linalg.laid_out(jnp.swapaxes(wide, 1, 2))
+
+
+def errors_after(
+    error: Float[Array, "model row col"],
+    tall: Float[Array, "model row wide"],
+    wide: Float[Array, "model wide col"],
+) -> Float[Array, "model row col"]:
+    """What is left over of some rows once the updates are moved, with the base as it was.
+
+    Args:
+      error: before.
+      tall: of ``pair_after``, these rows.
+      wide: of ``pair_after``.
+    """
 
     def one(operands: tuple[Array, ...]) -> Array:
-        stored, b, a = operands
-        away = (stored.astype(dtype) - reference) - linalg.matmul(b, a) + first
-        return (away * inverse[0] * inverse[1]).astype(jnp.float32)
+        error, tall, wide = operands
+        return error - linalg.matmul(tall, wide)
 
-    error = linalg.each_model(one, (jnp.asarray(models.values), left, right))
-    known = 1 / variance
-    mean = linalg.sum_models(known * error) / linalg.sum_models(known)
-    shift = mean.astype(dtype) * units.row[:, None] * units.col
-    return error - mean, reference + (shift - first)
-
-
-def errors_after(at: Relative, step: Step) -> Float[Array, "model row col"]:
-    """What is left over once the updates are moved, with the base as it was."""
-
-    def one(operands: tuple[Array, ...]) -> Array:
-        error, p, q, left, right, turn = operands
-        return error - _change(p, q, left, right, turn)
-
-    parts = (at.error, step.p, step.q, at.left, at.right, at.turn)
-    return linalg.each_model(one, parts)
-
-
-def _change(p: Array, q: Array, left: Array, right: Array, turn: Array) -> Array:
-    wide = jnp.concatenate([right + linalg.matmul(q, turn), q], axis=1)
-    return linalg.matmul(jnp.concatenate([p, left], axis=1), wide.T)
+    return linalg.each_model(one, (error, tall, wide), UNROLLED)
 
 
 def moved(at: Relative, step: Step) -> tuple[Array, Array]:
@@ -163,16 +193,19 @@ def moved(at: Relative, step: Step) -> tuple[Array, Array]:
     return b, jnp.swapaxes(jnp.where(keep, a * at.units.col[:, None], 0), 1, 2)
 
 
-def tangent_of(
-    at: Relative,
-    weight: Float[Array, "model row col"],
-    known: Bool[Array, "row col"] | None = None,
-) -> Tangent:
-    """Tangent spaces with weights; where the base is known, it is not fitted."""
-    total = linalg.sum_models(weight)
-    if known is not None:
-        total = jnp.where(known, jnp.inf, total)
-    return Tangent(at.left, at.right, at.active, weight, total)
+def tangent_of(at: Relative, known: Bool[Array, "row col"] | None = None) -> Tangent:
+    """Tangent spaces with the fit's weights; where the base is known, it is not fitted."""
+    row = at.weight.shape[1]
+    known = jnp.zeros(at.weight.shape[1:], bool) if known is None else known
+
+    def some(rows: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        weight, known = rows
+        total = jnp.where(known, jnp.inf, linalg.sum_models(weight))
+        cols, rows_ = information(weight, total)
+        return cols, (total, rows_)
+
+    cols, (total, rows) = by_rows(some, (at.weight, known))
+    return Tangent(at.left, at.right, at.active, at.weight, total, rows, cols / row)
 
 
 def zero_step(at: Relative) -> Step:

@@ -4,7 +4,8 @@ A tangent vector of model i is :math:`P_i V_i^T + U_i Q_i^T` with :math:`V_i^T Q
 isometric parametrisation. All functions are pure and work on all models of one layer at once.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,10 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jdetune import linalg
+from jdetune.blocks import by_rows
 
 #: Conditioning below which directions count as nearly shared.
 NEARLY_SHARED = 1e-2
-#: Rows of a block, at least: products with fewer are slow.
-PRODUCT_ROWS = 256
 #: Models of a block that are written out one by one.
 UNROLLED = 8
 
@@ -30,6 +30,8 @@ class Tangent(NamedTuple):
       active: which columns are used.
       weight: inverse variance of each stored element.
       total: sum of the weights over models; infinite where the base is known.
+      rows: what an element of each row tells of its update once the base is eliminated, the mean.
+      cols: the same of each column.
     """
 
     left: Float[Array, "model row rank"]
@@ -37,6 +39,8 @@ class Tangent(NamedTuple):
     active: Bool[Array, "model rank"]
     weight: Float[Array, "model row col"]
     total: Float[Array, "row col"]
+    rows: Float[Array, "model row 1"]
+    cols: Float[Array, "model 1 col"]
 
 
 class Step(NamedTuple):
@@ -46,20 +50,63 @@ class Step(NamedTuple):
     q: Float[Array, "model col rank"]
 
 
-def to_matrices(tangent: Tangent, step: Step) -> Float[Array, "model row col"]:
-    r"""The tangent vector as matrices, :math:`P V^T + U Q^T`: one product a model."""
-    return linalg.each_model(lambda pair: linalg.matmul(*pair), _factors(tangent, step))
+def pair(tangent: Tangent, step: Step) -> tuple[Array, Array]:
+    r"""The tangent vector as products, :math:`P V^T + U Q^T`: one matrix product a model.
+
+    Returns:
+      [model, row, 2 rank] and [model, 2 rank, col].
+    """
+    tall = jnp.concatenate([step.p, tangent.left], axis=2)
+    wide = jnp.concatenate([tangent.right, step.q], axis=2)
+    return tall, linalg.laid_out(jnp.swapaxes(wide, 1, 2))
 
 
-def to_tangent(tangent: Tangent, matrices: Float[Array, "model row col"]) -> Step:
-    """The adjoint of ``to_matrices``: matrices projected on the tangent spaces."""
+def onto(
+    left: Float[Array, "model row rank"],
+    right: Float[Array, "model col rank"],
+    operands: Any,
+    matrix: Callable[..., Float[Array, "row col"]],
+) -> tuple[Float[Array, "model rank col"], Float[Array, "model row rank"]]:
+    """Some rows' part of the adjoint: what they add to Q, transposed, and their P.
 
-    def one(operands: tuple[Array, ...]) -> Step:
-        matrix, left, right = operands
-        return Step(linalg.matmul(matrix, right), linalg.matmul(left.T, matrix).T)
+    Args:
+      left: U of these rows.
+      right: V.
+      operands: arrays with a leading model axis.
+      matrix: makes one model's rows of the operands.
+    """
 
-    step = linalg.each_model(one, (matrices, tangent.left, tangent.right))
-    return project(tangent, Step(*step))
+    def one(operands: tuple) -> tuple[Array, Array]:
+        left, right, operands = operands
+        rows = matrix(*operands)
+        return linalg.matmul(linalg.laid_out(left.T), rows), linalg.matmul(rows, right)
+
+    return linalg.each_model(one, (left, right, operands), UNROLLED)
+
+
+def to_tangent(
+    tangent: Tangent,
+    rows: Any,
+    matrices: Callable[[Any], Float[Array, "model row col"]] = lambda rows: rows,
+) -> Step:
+    """The adjoint of ``pair``: matrices projected on the tangent spaces.
+
+    Args:
+      tangent: the tangent spaces.
+      rows: the matrices, or arrays that they are made from, the rows before the last axis.
+      matrices: makes matrices of some rows.
+    """
+
+    def some(operands: tuple[Array, Any]) -> tuple[Array, Array]:
+        left, rows = operands
+        return onto(left, tangent.right, (matrices(rows),), lambda matrix: matrix)
+
+    return project(tangent, as_step(*by_rows(some, (tangent.left, rows))))
+
+
+def as_step(q: Float[Array, "model rank col"], p: Float[Array, "model row rank"]) -> Step:
+    """What ``onto`` gives, of all rows, as a tangent vector that is still to be projected."""
+    return Step(p, jnp.swapaxes(q, 1, 2))
 
 
 def project(tangent: Tangent, step: Step) -> Step:
@@ -71,64 +118,46 @@ def project(tangent: Tangent, step: Step) -> Step:
 
 
 def normal_operator(tangent: Tangent, step: Step) -> Step:
-    """Gauss-Newton matrix times a tangent vector, the base eliminated.
+    """Gauss-Newton matrix times a tangent vector, the base eliminated."""
+    tall, wide = pair(tangent, step)
 
-    On CPU over blocks of rows: high enough for fast products, and yet few matrices at a time.
-    """
-    n_models, row, col = tangent.weight.shape
-    size = linalg.row_block(row, n_models * col, PRODUCT_ROWS)
-    tall, wide = _factors(tangent, step)
+    def some(rows: tuple[Array, ...]) -> tuple[Array, Array]:
+        tall, left, weight, total = rows
 
-    def slab(array: Array, index: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(array, index * size, size)
-
-    def one_block(q: Array, index: Array) -> tuple[Array, Array]:
         def forth(operands: tuple[Array, ...]) -> Array:
             tall, wide, weight = operands
-            return slab(weight, index) * linalg.matmul(slab(tall, index), wide)
+            return weight * linalg.matmul(tall, wide)
 
-        weighted = linalg.each_model(forth, (tall, wide, tangent.weight), UNROLLED)
-        total = slab(tangent.total, index)
+        weighted = linalg.each_model(forth, (tall, wide, weight), UNROLLED)
         mean = linalg.sum_models(weighted) / total  # a rounded reciprocal would be common to all
 
-        def back(operands: tuple[Array, ...]) -> tuple[Array, Array]:
-            weighted, weight, left, right, q = operands
-            rest = weighted - slab(weight, index) * mean
-            across = linalg.laid_out(slab(left, index).T)
-            return linalg.matmul(rest, right), q + linalg.matmul(across, rest)
+        def rest(weighted: Array, weight: Array) -> Array:
+            return weighted - weight * mean
 
-        models = (weighted, tangent.weight, tangent.left, tangent.right, q)
-        p, q = linalg.each_model(back, models, UNROLLED)
-        return q, p
+        return onto(left, tangent.right, (weighted, weight), rest)
 
-    start = jnp.zeros_like(jnp.swapaxes(step.q, 1, 2))
-    if size == row:
-        q, p = one_block(start, jnp.int32(0))
-    else:
-        q, blocks = jax.lax.scan(one_block, start, jnp.arange(row // size, dtype=jnp.int32))
-        p = jnp.moveaxis(blocks, 0, 1).reshape(step.p.shape)
-    return project(tangent, Step(p, jnp.swapaxes(q, 1, 2)))
+    rows = (tall, tangent.left, tangent.weight, tangent.total)
+    return project(tangent, as_step(*by_rows(some, rows)))
 
 
-def _factors(tangent: Tangent, step: Step) -> tuple[Array, Array]:
-    """The tangent vector's matrices as products: [model, row, 2 rank] and [model, 2 rank, col]."""
-    tall = jnp.concatenate([step.p, tangent.left], axis=2)
-    wide = jnp.concatenate([tangent.right, step.q], axis=2)
-    return tall, linalg.laid_out(jnp.swapaxes(wide, 1, 2))
+def information(
+    weight: Float[Array, "model row col"], total: Float[Array, "row col"]
+) -> tuple[Float[Array, "model 1 col"], Float[Array, "model row 1"]]:
+    """What elements tell of their update once the base is eliminated: column sums, row means.
 
-
-def free_information(tangent: Tangent) -> Float[Array, "model row col"]:
-    """What each element tells of its update once the base is eliminated."""
-    return tangent.weight * (1 - tangent.weight / tangent.total)
+    Args:
+      weight: inverse variances of some rows.
+      total: their sums over models.
+    """
+    free = weight * (1 - weight / total)
+    return jnp.sum(free, axis=1, keepdims=True), jnp.mean(free, axis=2, keepdims=True)
 
 
 def _preconditioner(tangent: Tangent) -> Step:
     """Inverse diagonal blocks, as one number a row and one a column."""
-    free = free_information(tangent)
-    tiny = jnp.finfo(free.dtype).tiny
-    rows = jnp.maximum(jnp.mean(free, axis=2), tiny)
-    cols = jnp.maximum(jnp.mean(free, axis=1), tiny)
-    return Step(1 / rows[:, :, None], 1 / cols[:, :, None])
+    tiny = jnp.finfo(tangent.rows.dtype).tiny
+    rows, cols = (jnp.maximum(part, tiny) for part in (tangent.rows, tangent.cols))
+    return Step(1 / rows, 1 / jnp.swapaxes(cols, 1, 2))
 
 
 def dot(a: Step, b: Step) -> Array:
