@@ -103,7 +103,7 @@ def spread(
     gradient = to_tangent(tangent, drawn, weighted)
     share = (GOAL * sharper(conditioning)).astype(jnp.float32)
     step, _ = conjugate_gradients(tangent, gradient, MAX_STEPS, share=share)
-    moved_rows, moved_cols = pair(tangent, step)
+    moved_rows, moved_cols = pair(tangent.left, tangent.right, step)
     tall, wide = _leverage_variance(tangent)
 
     def power(rows: tuple) -> tuple[Any, Any]:

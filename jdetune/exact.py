@@ -157,7 +157,7 @@ def resolve(
     Returns:
       The base on its grid, and B and A of the updates fitted with it.
     """
-    models = as_merged(weights)._replace(values=jnp.asarray(as_merged(weights).values))
+    models = jax.tree.map(jnp.asarray, as_merged(weights))
     more = jnp.square(residual_ratio.astype(jnp.float32)) - 1
     least_slack = jnp.sqrt(jnp.where(more > SEVERAL_ROUNDINGS, more / 12, 0))
     usual = jnp.mean(at.variance, axis=(1, 2))

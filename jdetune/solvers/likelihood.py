@@ -23,7 +23,7 @@ from jdetune import linalg
 from jdetune.blocks import by_rows
 from jdetune.noise import Weights, as_merged, merge_variance
 from jdetune.solvers.pairs import Scales
-from jdetune.solvers.relative import Relative, again, moved, tangent_of, units_of, view
+from jdetune.solvers.relative import Relative, moved, tangent_of, units_of, view
 from jdetune.solvers.tangent import (
     Step,
     conjugate_gradients,
@@ -138,7 +138,7 @@ def refine(
         space = tangent._replace(left=at.left, right=at.right)
         step, count = conjugate_gradients(space, gradient, options.max_steps, goal)
         left, right = moved(at, step)
-        at = again(models, left, right, active, units, variance, at.weight)
+        at = view(models, left, right, active, units, variance, at.weight)
         gradient, size = look(at)
         reached = jnp.sqrt(size / freedom)
         found = Refined(left, right, found.steps + count, reached, found.rounds + 1)

@@ -19,7 +19,7 @@ from jdetune import linalg
 from jdetune.blocks import by_rows
 from jdetune.noise import Merged, fit_variance, spacing
 from jdetune.solvers.pairs import Scales
-from jdetune.solvers.tangent import UNROLLED, Step, Tangent, information
+from jdetune.solvers.tangent import UNROLLED, Step, Tangent, information, pair
 from jdetune.types import Array as AnyArray
 
 
@@ -67,6 +67,7 @@ def view(
     active: Bool[Array, "model rank"],
     units: Scales,
     variance: Float[Array, "model row col"],
+    weight: Float[Array, "model row col"] | None = None,
 ) -> Relative:
     """A layer relative to given updates and the most likely base for them.
 
@@ -77,20 +78,8 @@ def view(
       active: which columns are used.
       units: from ``units_of``.
       variance: from ``noise.merge_variance`` in these units.
+      weight: that the fit weighs by, if known already.
     """
-    return again(models, left, right, active, units, variance, 1 / fit_variance(variance))
-
-
-def again(
-    models: Merged,
-    left: Float[Array, "model row rank"],
-    right: Float[Array, "model rank col"],
-    active: Bool[Array, "model rank"],
-    units: Scales,
-    variance: Float[Array, "model row col"],
-    weight: Float[Array, "model row col"],
-) -> Relative:
-    """``view`` with weights that are known already."""
     u, v, through, core = _spaces(left / units.row[:, None], right / units.col, active)
     error, base = _errors(models.values, left, right, units, variance)
     return Relative(
@@ -103,7 +92,7 @@ def again(
         base=base,
         error=error,
         variance=variance,
-        weight=weight,
+        weight=1 / fit_variance(variance) if weight is None else weight,
     )
 
 
@@ -158,9 +147,7 @@ def _errors(
 def pair_after(at: Relative, step: Step) -> tuple[Array, Array]:
     """What a move of the updates adds to them, as products: [model, row, 2 rank] and [.., col]."""
     moved_right = at.right + linalg.contract("mca,mab->mcb", step.q, at.turn)
-    tall = jnp.concatenate([step.p, at.left], axis=2)
-    wide = jnp.concatenate([moved_right, step.q], axis=2)
-    return tall, linalg.laid_out(jnp.swapaxes(wide, 1, 2))
+    return pair(at.left, moved_right, step)
 
 
 def errors_after(

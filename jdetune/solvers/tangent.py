@@ -50,14 +50,16 @@ class Step(NamedTuple):
     q: Float[Array, "model col rank"]
 
 
-def pair(tangent: Tangent, step: Step) -> tuple[Array, Array]:
-    r"""The tangent vector as products, :math:`P V^T + U Q^T`: one matrix product a model.
+def pair(
+    left: Float[Array, "model row rank"], right: Float[Array, "model col rank"], step: Step
+) -> tuple[Array, Array]:
+    r"""The tangent vector at U and V as products, :math:`P V^T + U Q^T`: one product a model.
 
     Returns:
       [model, row, 2 rank] and [model, 2 rank, col].
     """
-    tall = jnp.concatenate([step.p, tangent.left], axis=2)
-    wide = jnp.concatenate([tangent.right, step.q], axis=2)
+    tall = jnp.concatenate([step.p, left], axis=2)
+    wide = jnp.concatenate([right, step.q], axis=2)
     return tall, linalg.laid_out(jnp.swapaxes(wide, 1, 2))
 
 
@@ -119,7 +121,7 @@ def project(tangent: Tangent, step: Step) -> Step:
 
 def normal_operator(tangent: Tangent, step: Step) -> Step:
     """Gauss-Newton matrix times a tangent vector, the base eliminated."""
-    tall, wide = pair(tangent, step)
+    tall, wide = pair(tangent.left, tangent.right, step)
 
     def some(rows: tuple[Array, ...]) -> tuple[Array, Array]:
         tall, left, weight, total = rows

@@ -95,7 +95,7 @@ def test_tangent_map_and_its_adjoint_agree():
                    jnp.asarray(rng.standard_normal((3, 15, 5))))  # fmt: skip
         step = tangents.project(space, raw)
         matrices = jnp.asarray(rng.standard_normal((3, 20, 15)))
-        moved = jnp.matmul(*tangents.pair(space, step))
+        moved = jnp.matmul(*tangents.pair(space.left, space.right, step))
         back = tangents.to_tangent(space, matrices)
         left = float(jnp.sum(moved * matrices))
         right = float(tangents.dot(step, back))
