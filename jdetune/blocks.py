@@ -5,7 +5,7 @@ are never whole take no room.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,15 @@ from jdetune import linalg
 PRODUCT_ROWS = 256
 
 
+class Each(NamedTuple):
+    """Matrices that ``by_rows`` cuts model by model, for ``linalg.sum_each`` and ``map_each``.
+
+    XLA on CPU reads a part of a part several times slower than a part.
+    """
+
+    matrices: Array
+
+
 def by_rows(
     function: Callable[[Any], tuple[Any, Any]], rows: Any, least: int = PRODUCT_ROWS
 ) -> tuple[Any, Any]:
@@ -25,7 +34,7 @@ def by_rows(
     Args:
       function: of ``rows`` cut to some rows. What it returns first is added up over the blocks,
         what it returns second is put together.
-      rows: arrays whose axis before the last is the rows.
+      rows: arrays whose axis before the last is the rows, some perhaps in an ``Each``.
       least: rows of a block, at least.
 
     Returns:
@@ -40,14 +49,22 @@ def by_rows(
     leaves = jax.tree.leaves(rows)
     row = leaves[0].shape[-2]
     size = linalg.row_block(row, max(leaf.size for leaf in leaves) // row, least)
-    if size == row:
-        return function(rows)
 
     def some(index: Array) -> Any:
-        def cut(array: Array) -> Array:
-            return lax.dynamic_slice_in_dim(array, index * size, size, array.ndim - 2)
+        def cut(part: Array | Each) -> linalg.PerModel:
+            if isinstance(part, Each) and size == row:
+                return part.matrices
+            if isinstance(part, Each):
+                n_models, _, col = part.matrices.shape
+                starts = ((jnp.int32(i), index * size, jnp.int32(0)) for i in range(n_models))
+                ones = (lax.dynamic_slice(part.matrices, at, (1, size, col)) for at in starts)
+                return tuple(one[0] for one in ones)
+            return lax.dynamic_slice_in_dim(part, index * size, size, part.ndim - 2)
 
-        return function(jax.tree.map(cut, rows))
+        return function(jax.tree.map(cut, rows, is_leaf=lambda part: isinstance(part, Each)))
+
+    if size == row:
+        return some(jnp.int32(0))
 
     def advance(carry: tuple[Any, Any], index: Array) -> tuple[tuple[Any, Any], None]:
         def put(whole: Array, part: Array) -> Array:

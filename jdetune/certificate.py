@@ -16,10 +16,9 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jdetune import linalg
-from jdetune.blocks import by_rows
+from jdetune.blocks import Each, by_rows
 from jdetune.solvers.relative import Relative, tangent_of
 from jdetune.solvers.tangent import (
-    UNROLLED,
     Tangent,
     conjugate_gradients,
     pair,
@@ -35,6 +34,9 @@ MAX_STEPS = 1000
 LEAST_FACTOR = 0.7
 #: Amplification up to which a layer counts as at the floor of the rounding.
 AT_THE_FLOOR = 2.0
+#: Amplification up to which a replicate's factors hold as more of the base becomes known: they only
+#: fall then, by a share of what the unknown base adds.
+ONE_REPLICATE = 1.1
 
 
 class Spread(NamedTuple):
@@ -63,12 +65,12 @@ class Spread(NamedTuple):
         """The same of some rows, given ``tall`` and ``rows`` of them."""
         return self._replace(tall=tall, rows=rows)
 
-    def variance(self) -> Float[Array, "model row col"]:
+    def variance(self) -> Float[Array, "... row col"]:
         """Variance of each update's elements."""
         factor = jnp.maximum(self.rows * self.cols, self.least)
         return _low_rank(self.tall, self.wide) * factor
 
-    def leverage(self, weight: Float[Array, "model row col"]) -> Float[Array, "model row col"]:
+    def leverage(self, weight: Float[Array, "... row col"]) -> Float[Array, "... row col"]:
         """Share of each element's own error that its update takes up, in a fit weighted so."""
         return jnp.minimum(_low_rank(self.tall, self.wide) * weight, 0.5)
 
@@ -92,13 +94,17 @@ def spread(
     """
     tangent = tangent_of(at, known)
     words = _random_words(*tangent.weight.shape)
-    drawn = (words, tangent.weight, tangent.total)
+    models = range(tangent.weight.shape[0])
+    drawn = (words, Each(tangent.weight), tangent.total)
 
-    def weighted(rows: tuple[Array, ...]) -> Array:
-        words, weight, total = rows
-        errors = _errors(words, weight)
-        mean = linalg.sum_models(weight * errors) / total
-        return weight * (errors - mean)
+    def weighted(rows: tuple) -> linalg.PerModel:
+        words, weights, total = rows
+
+        def pull(model: Array | int, weight: Array, base: Array | float = 0.0) -> Array:
+            return weight * (_error(words, model, weight) - base)
+
+        mean = linalg.sum_each(pull, models, weights) / total
+        return linalg.map_each(lambda i, weight: pull(i, weight, mean), models, weights)
 
     gradient = to_tangent(tangent, drawn, weighted)
     share = (GOAL * sharper(conditioning)).astype(jnp.float32)
@@ -107,13 +113,17 @@ def spread(
     tall, wide = _leverage_variance(tangent)
 
     def power(rows: tuple) -> tuple[Any, Any]:
-        (words, weight, total), known, moved_rows, tall = rows
-        moved = linalg.each_model(lambda p: linalg.matmul(*p), (moved_rows, moved_cols), UNROLLED)
-        whole = linalg.sum_models(weight)
+        (words, weights, total), known, moved_rows, tall = rows
+        moved = linalg.map_each(linalg.matmul, moved_rows, moved_cols)
+
+        def left_over(model: Array | int, weight: Array, moved: Array) -> Array:
+            return weight * (_error(words, model, weight) - moved)
+
+        whole = linalg.sum_each(lambda weight: weight, weights)
         matters = jnp.where(known, 1e-6, 1.0) * whole
-        single = matters * linalg.sum_models(jnp.square(moved))
-        together = matters * jnp.square(linalg.sum_models(moved))
-        moved_base = linalg.sum_models(weight * (_errors(words, weight) - moved)) / total
+        single = matters * linalg.sum_each(jnp.square, moved)
+        together = matters * jnp.square(linalg.sum_each(lambda moved: moved, moved))
+        moved_base = linalg.sum_each(left_over, models, weights, moved) / total
         base = jnp.where(known, 0, whole * jnp.square(moved_base))
         cols, each = ([expected] for expected in _sums_of_product(matters, tall, wide))
         for figure in (single, together):
@@ -125,17 +135,23 @@ def spread(
     return Spread(tall, wide, *_factors(rows, cols), jnp.sqrt(base / jnp.maximum(unknown, 1)))
 
 
+def spread_again(earlier: Spread, at: Relative, known: Bool[Array, "row col"]) -> Spread:
+    """``spread`` with more of the base known, by the factors of an earlier replicate."""
+    tall, wide = _leverage_variance(tangent_of(at, known))
+    return earlier._replace(tall=tall, wide=wide)
+
+
 def _random_words(n_models: int, row: int, col: int) -> Array:
     """Random bits, one a model: drawing is a large part of a replicate."""
     return jax.random.bits(jax.random.key(1), (-(-n_models // 32), row, col), jnp.uint32)
 
 
-def _errors(words: Array, weight: Float[Array, "model row col"]) -> Float[Array, "model row col"]:
-    """Errors of the size that the weights say, of random sign."""
-    n_models = weight.shape[0]
-    places = jnp.arange(min(32, n_models), dtype=jnp.uint32)[:, None, None]
-    bits = jnp.concatenate([word >> places & 1 for word in words])[:n_models]
-    return (1 - 2 * bits.astype(jnp.float32)) * jax.lax.rsqrt(weight)
+def _error(
+    words: Array, model: Array | int, weight: Float[Array, "row col"]
+) -> Float[Array, "row col"]:
+    """An error of the size that the weight says, of random sign."""
+    bit = words[model // 32] >> jnp.uint32(model % 32) & 1
+    return (1 - 2 * bit.astype(jnp.float32)) * jax.lax.rsqrt(weight)
 
 
 def _leverage_variance(tangent: Tangent) -> tuple[Array, Array]:
@@ -148,9 +164,9 @@ def _leverage_variance(tangent: Tangent) -> tuple[Array, Array]:
     return tall, jnp.concatenate([1 / cols, v, v], axis=1)
 
 
-def _low_rank(tall: Array, wide: Array) -> Float[Array, "model row col"]:
+def _low_rank(tall: Array, wide: Array) -> Float[Array, "... row col"]:
     """A product with so few terms that it is no more than three passes over a matrix."""
-    terms = [tall[:, :, k, None] * wide[:, None, k, :] for k in range(tall.shape[2])]
+    terms = [tall[..., :, k, None] * wide[..., None, k, :] for k in range(tall.shape[-1])]
     return functools.reduce(jnp.add, terms)
 
 

@@ -7,7 +7,7 @@ the element is *ambiguous* and takes the most likely point. Elements that are al
 fed back: with them fixed the updates are fitted anew, and more elements become certain.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,11 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jdetune import linalg
-from jdetune.blocks import by_rows
-from jdetune.certificate import spread
+from jdetune.blocks import Each, by_rows
+from jdetune.certificate import ONE_REPLICATE, Spread, spread, spread_again
 from jdetune.grids import Grid, nearest
 from jdetune.noise import Weights, as_merged
-from jdetune.snap import Snapped, Unexplained, relative_spacing, snap
+from jdetune.snap import Snapped, Unexplained, relative_spacing, relative_ulp, snap
 from jdetune.solvers.refit import newton_step, shift_to
 from jdetune.solvers.relative import Relative, errors_after, moved, pair_after, zero_step
 from jdetune.solvers.tangent import Step
@@ -59,9 +59,9 @@ def fixed_below(amplification: Float[Array, ""]) -> Float[Array, ""]:
 class _Sums(NamedTuple):
     """Sums over elements that count, of each model: their number, of what is seen and expected."""
 
-    number: Float[Array, " model"]
-    seen: Float[Array, " model"]
-    expected: Float[Array, " model"]
+    number: Float[Array, "*model"]
+    seen: Float[Array, "*model"]
+    expected: Float[Array, "*model"]
 
     def means(self) -> tuple[Array, Array]:
         """Means of what is seen and expected."""
@@ -71,7 +71,7 @@ class _Sums(NamedTuple):
 
 def _sums(counts: Array, seen: Array, expected: Array) -> _Sums:
     def total(values: Array | int) -> Array:
-        return jnp.sum(jnp.where(counts, values, 0).astype(seen.dtype), axis=(1, 2))
+        return jnp.sum(jnp.where(counts, values, 0).astype(seen.dtype))
 
     return _Sums(total(1), total(seen), total(expected))
 
@@ -79,9 +79,9 @@ def _sums(counts: Array, seen: Array, expected: Array) -> _Sums:
 def _seen_outside(
     error: Array, units: Array, softness: Array, unresolved: Array, known: Array
 ) -> _Sums:
-    """How far residuals of known elements leave their intervals, in units of spacing."""
+    """How far one model's residuals leave their intervals where known, in units of spacing."""
     outside = jnp.maximum(jnp.abs(error) / units - 0.5, 0)
-    deviation = jnp.sqrt(softness + unresolved[:, None, None]) / units
+    deviation = jnp.sqrt(softness + unresolved) / units
     counts = known & (deviation < 0.3)
     return _sums(counts, jnp.minimum(jnp.square(outside), 1), deviation**3)
 
@@ -98,8 +98,8 @@ def _outside(sums: _Sums) -> Float[Array, " model"]:
 
 
 def _seen_fine(error: Array, variance: Array, softness: Array, usual: Array) -> _Sums:
-    """Residuals of elements whose rounding error is far below the usual."""
-    fine = variance < FINE * usual[:, None, None]
+    """One model's residuals of elements whose rounding error is far below the usual."""
+    fine = variance < FINE * usual
     return _sums(fine, jnp.square(error), variance + softness)
 
 
@@ -120,8 +120,7 @@ class Resolved(NamedTuple):
     Attributes:
       snapped: the base on its grid.
       step: where the updates are, relative to the layer's; fitted with the known elements.
-      amplification: of the rounding noise, before anything was known.
-      slack: deviation of each model's error that nothing explains, in units of spacing.
+      unexplained: error of each model that nothing explains.
       rounds: of fixing and fitting.
       steps: of conjugate gradients.
       grown: share of elements that the last round fixed.
@@ -130,8 +129,7 @@ class Resolved(NamedTuple):
 
     snapped: Snapped
     step: Step
-    amplification: Float[Array, ""]
-    slack: Float[Array, " model"]
+    unexplained: Unexplained
     rounds: Int[Array, ""]
     steps: Int[Array, ""]
     grown: Float[Array, ""]
@@ -142,6 +140,7 @@ def resolve(
     weights: Weights,
     at: Relative,
     grid: Grid,
+    noise: Spread,
     residual_ratio: Float[Array, ""],
     conditioning: Array | float = 1.0,
 ) -> tuple[Resolved, Array, Array]:
@@ -151,6 +150,7 @@ def resolve(
       weights: merged weights of one layer as stored.
       at: the layer relative to the refined base and updates.
       grid: of the base.
+      noise: errors of the updates before anything is known.
       residual_ratio: rms of the residuals over that of one rounding; more roundings show in it.
       conditioning: of the closed form.
 
@@ -161,7 +161,7 @@ def resolve(
     more = jnp.square(residual_ratio.astype(jnp.float32)) - 1
     least_slack = jnp.sqrt(jnp.where(more > SEVERAL_ROUNDINGS, more / 12, 0))
     usual = jnp.mean(at.variance, axis=(1, 2))
-    unit = at.units.row[:, None]
+    unit, fixed = at.units.row[:, None], fixed_below(noise.amplification)
 
     def spaced(values: Array, unit: Array) -> Array:
         here = models._replace(values=values)
@@ -169,55 +169,66 @@ def resolve(
 
     def one_round(carry: Resolved) -> Resolved:
         base = carry.snapped.base
-        before = carry.snapped.wrong < fixed_below(carry.amplification)
+        before = carry.snapped.wrong < fixed
         step, count = jax.lax.cond(
             jnp.any(before),
             lambda: newton_step(at, carry.step, shift_to(at, base), before),
             lambda: (carry.step, jnp.zeros_like(carry.steps)),
         )
-        errors = spread(at, before, conditioning)
+        errors = jax.lax.cond(
+            jnp.any(before) & (noise.amplification > ONE_REPLICATE),
+            lambda: spread(at, before, conditioning),
+            lambda: spread_again(noise, at, before),
+        )
         tall, wide = pair_after(at, step)
 
-        def centred(rows: tuple) -> tuple[tuple, tuple[Array, ...]]:
+        def centred(rows: tuple) -> tuple[tuple[()], tuple[Array, ...]]:
             """Around the nearest grid point: what is left over, and how soft intervals are."""
-            values, unit, error, variance, tall, before, base, of_base, leverages = rows
-            rest = errors_after(error, tall, wide)
-            mean = linalg.sum_models(rest / variance) / linalg.sum_models(1 / variance)
+            values, unit, each, variance, tall, before, base, of_base, leverages = rows
+            after = errors_after(each[0], tall, wide)
+            mean = linalg.inverse_variance_mean(each[1], after)
             estimate = of_base + mean.astype(of_base.dtype) * unit * at.units.col
             centre = jnp.where(before, base, nearest(estimate, grid))
-            rest = rest - ((centre - of_base) / unit / at.units.col).astype(rest.dtype)
+            away = ((centre - of_base) / unit / at.units.col).astype(jnp.float32)
             arithmetic = variance - jnp.square(spaced(values, unit)) / 12
             softness = errors.at_rows(*leverages).variance() + jnp.maximum(arithmetic, 0)
-            power = jnp.sum(jnp.square(rest)), jnp.sum(variance)
-            sums = _seen_fine(rest, variance, softness, usual), power
-            return sums, (rest, centre, softness)
+            return (), (linalg.stack_models(after) - away, centre, softness)
 
-        leverages = errors.tall, errors.rows
-        rows = (models.values, unit, at.error, at.variance, tall, before, base, at.base, leverages)
-        (fine, (left_over, expected)), (rest, centre, softness) = by_rows(centred, rows)
-        unresolved = _unresolved(fine)
+        leverages, each = (errors.tall, errors.rows), (Each(at.error), Each(at.variance))
+        rows = (models.values, unit, each, at.variance, tall, before, base, at.base, leverages)
+        _, (rest, centre, softness) = by_rows(centred, rows)
 
-        def outside(rows: tuple) -> tuple[_Sums, Array]:
+        def judged(rows: tuple) -> tuple[Any, Array]:
             """How far outside of their intervals errors are, and errors less their own pull."""
-            values, unit, rest, softness, weight, before, leverages = rows
-            seen = _seen_outside(rest, spaced(values, unit), softness, unresolved, before)
-            own = errors.at_rows(*leverages).leverage(weight)
-            return seen, jnp.where(before, rest / (1 - own), rest)
+            each, unit, rest, weight, before, leverages = rows
+            scales = at.units._replace(row=unit[:, 0])
 
-        rows = (models.values, unit, rest, softness, at.weight, before, leverages)
-        seen, error = by_rows(outside, rows)
-        rough = Unexplained(unresolved, jnp.maximum(_outside(seen), least_slack))
+            def one(values: Array, error: Array, softness: Array, *more: Array) -> tuple:
+                variance, eps, smallest, usual, unresolved = more
+                size = relative_ulp(values, eps, smallest, scales)
+                fine = _seen_fine(error, variance, softness, usual)
+                seen = _seen_outside(error, size, softness, unresolved, before)
+                return fine, seen, (jnp.sum(jnp.square(error)), jnp.sum(variance))
+
+            of_models = *models[1:], usual, carry.unexplained.variance
+            own = errors.at_rows(*leverages).leverage(weight)
+            sums = linalg.map_each(one, *each, *of_models)
+            return sums, jnp.where(before, rest / (1 - own), rest)
+
+        each = tuple(map(Each, (models.values, rest, softness, at.variance)))
+        sums, error = by_rows(judged, (each, unit, rest, at.weight, before, leverages))
+        fine, seen = (_Sums(*map(linalg.stack_models, part)) for part in sums[:2])
+        left_over, expected = (jnp.sum(linalg.stack_models(part)) for part in sums[2])
+        rough = Unexplained(_unresolved(fine), jnp.maximum(_outside(seen), least_slack))
         found = snap(models, at.units, error, centre, softness, grid, rough)
-        amplification = jnp.where(carry.rounds == 0, errors.amplification, carry.amplification)
-        fixed = jnp.mean(found.wrong < fixed_below(amplification), dtype=jnp.float32)
+        share = jnp.mean(found.wrong < fixed, dtype=jnp.float32)
         return Resolved(
             snapped=found,
             step=step,
-            amplification=amplification,
-            slack=rough.slack,
+            unexplained=rough,
             rounds=carry.rounds + 1,
             steps=carry.steps + count,
-            grown=fixed - jnp.mean(before, dtype=jnp.float32),
+            grown=share - jnp.mean(before, dtype=jnp.float32),
             residual_ratio=jnp.sqrt(left_over / expected),
         )
 
@@ -226,8 +237,9 @@ def resolve(
 
     zero = 0 * at.error[0, 0, 0]
     none = zero.astype(jnp.int32)
-    nothing = 0 * at.base[0, 0]
-    start = Snapped(at.base, jnp.ones_like(at.error[0]), nothing, nothing)
-    first = Resolved(start, zero_step(at), zero, 0 * at.error[:, 0, 0], none, none, zero + 1, zero)
+    zeros = 0 * at.error[0]
+    start = Snapped(at.base, zeros + 1, 0 * at.base[0, 0], zeros)
+    nothing = Unexplained(*2 * [0 * at.error[:, 0, 0]])
+    first = Resolved(start, zero_step(at), nothing, none, none, zero + 1, zero)
     found = jax.lax.while_loop(going, one_round, first)
     return found, *moved(at, found.step)

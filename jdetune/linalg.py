@@ -9,7 +9,8 @@ On CPU every factorisation is called on one matrix at a time. A batch would be s
 thread pool of XLA, and two such batches in one program deadlock on few cores in jaxlib 0.10.2.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -47,6 +48,8 @@ def _by_cholesky(matrix: Array) -> tuple[Array, ...]:
 _definite = _one_at_a_time(_by_cholesky)
 
 
+#: Something of every model: an array with a leading model axis, or a sequence.
+PerModel: TypeAlias = Array | Sequence[Any]
 #: Elements of a block of rows of all models that stays in a CPU's cache.
 BLOCK_ELEMENTS = 2**18
 #: Blocks that a long float32 product is split into, so that rounding grows with the block.
@@ -117,6 +120,60 @@ def sum_models(values: Float[Array, "model ..."]) -> Float[Array, "..."]:
     for index in range(1, values.shape[0]):
         total = total + values[index]
     return total
+
+
+def sum_each(function: Callable, *models: PerModel) -> Any:
+    """Sum over models of a function of each one's arrays.
+
+    Sliced before, not after: XLA makes nothing of all models then, which on CPU is several times
+    faster than ``sum_models`` of what is computed on the way.
+
+    Args:
+      function: of one model's arrays.
+      models: arrays whose leading axis is the model, or one array a model.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> sum_each(lambda a, b: a * b, jnp.ones((3, 2)), jnp.ones((3, 2))).tolist()
+      [3.0, 3.0]
+    """
+    each = (function(*(part[index] for part in models)) for index in range(len(models[0])))
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), each)
+
+
+def map_each(function: Callable, *models: PerModel) -> Any:
+    """A function of each model's arrays: on CPU one by one, and not put together.
+
+    Args:
+      function: of one model's arrays.
+      models: arrays whose leading axis is the model, or one array a model.
+
+    Returns:
+      What the function returns, each array a tuple of one a model, or where batches are faster
+      one array of all.
+    """
+    if jax.default_backend() == "cpu":
+        indices = range(len(models[0]))
+        found = [function(*(part[index] for part in models)) for index in indices]
+        return jax.tree.map(lambda *each: each, *found)
+    return jax.vmap(function)(*(jnp.asarray(part) for part in models))
+
+
+def stack_models(models: PerModel) -> Float[Array, "model ..."]:
+    """One array of each that ``map_each`` returns."""
+    return jnp.stack(models) if isinstance(models, tuple) else jnp.asarray(models)
+
+
+def weighted_mean(weights: PerModel, values: PerModel) -> Array:
+    """Mean over models, each element weighted."""
+    above, below = sum_each(lambda weight, value: (weight * value, weight), weights, values)
+    return above / below
+
+
+def inverse_variance_mean(variance: PerModel, values: PerModel) -> Array:
+    """Mean over models, each element weighted by the inverse of its variance."""
+    above, below = sum_each(lambda var, value: (value / var, 1 / var), variance, values)
+    return above / below
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
@@ -204,10 +261,10 @@ def inverse(square: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
     return _inverse(square)[0]
 
 
-def each_model(function: Callable, operands, unroll: int = 1) -> Any:
+def each_model(function: Callable, operands) -> Any:
     """``function`` of every model: one after another on CPU, whose batched products are slow."""
     at_a_time = 1 if jax.default_backend() == "cpu" else 2**30
-    return map_batched(function, operands, at_a_time, unroll)
+    return map_batched(function, operands, at_a_time)
 
 
 def row_block(row: int, width: int, least: int = 16) -> int:
@@ -230,18 +287,17 @@ def row_block(row: int, width: int, least: int = 16) -> int:
     return best if 4 * best >= fits else row
 
 
-def map_batched(function: Callable, operands, batch_size: int, unroll: int = 1) -> Any:
+def map_batched(function: Callable, operands, batch_size: int) -> Any:
     """``jax.vmap`` over the leading axis in chunks of ``batch_size``, one after another.
 
     One at a time keeps 2-D products on the CPU, where they are fastest; GPUs want batches.
-    ``unroll`` writes out so many single ones, which spares copies and costs compile time.
     """
     length = jax.tree.leaves(operands)[0].shape[0]
     if batch_size >= length:
         return jax.vmap(function)(operands)
     if batch_size > 1:
         return lax.map(function, operands, batch_size=batch_size)
-    return lax.scan(lambda _, one: (None, function(one)), None, operands, unroll=unroll)[1]
+    return lax.map(function, operands)
 
 
 def orthonormalize_leading(

@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jdetune import linalg
-from jdetune.blocks import by_rows
+from jdetune.blocks import Each, by_rows
 from jdetune.types import Array as AnyArray
 
 #: Safety factor on the spectral edge: finite matrices leave the asymptotic edge by a few percent.
@@ -183,21 +183,21 @@ def merge_variance(
         if again:
             whole = update if scale is None else update / scale
             total = total + again * jnp.square(size(whole.astype(jnp.float32), eps, smallest))
-        return total / 12
+        total = total / 12
+        return jnp.maximum(total, jnp.mean(total) * 1e-12 + jnp.finfo(dtype).tiny)
 
     parts = (*(jnp.asarray(part) for part in models), left, right)
-    variance = jax.lax.map(one, parts)
-    return jnp.maximum(variance, jnp.mean(variance) * 1e-12 + jnp.finfo(dtype).tiny)
+    return jax.lax.map(one, parts)
 
 
 def fit_variance(variance: Float[Array, "model row col"]) -> Float[Array, "model row col"]:
     """Variances that a fit weighs by: not below a thousandth of their row's and column's usual."""
 
-    def some(variance: Array) -> tuple[Array, Array]:
-        models = linalg.sum_models(variance)
+    def some(variance: linalg.PerModel) -> tuple[Array, Array]:
+        models = linalg.sum_each(lambda one: one, variance)
         return jnp.sum(models, axis=0), jnp.sum(models, axis=1, keepdims=True)
 
     n_models, _, col = variance.shape
-    cols, rows = by_rows(some, variance)
+    cols, rows = by_rows(some, Each(variance))
     usual = rows / (n_models * col) * (cols / jnp.mean(cols))
     return jnp.maximum(variance, FIT_FLOOR * usual)

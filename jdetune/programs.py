@@ -13,6 +13,7 @@ from jdetune import certificate, exact, grids, linalg
 from jdetune.factors import balanced_factors, balanced_products
 from jdetune.noise import Merged
 from jdetune.sharding import over_layers
+from jdetune.snap import mean_error
 from jdetune.solvers import intersection, likelihood, pairs, rowspace, spectral
 from jdetune.solvers.intersection import SubspaceIntersection
 from jdetune.solvers.pairs import PairFactors, Scales
@@ -144,25 +145,24 @@ def _polished(
         rounding=solver.rounding,
         conditioning=conditioning,
     )
+    noise = certificate.spread(at, jnp.zeros(base.shape, bool), conditioning)
     if solver.base_dtype == "auto":
         amplification = None
         if mixed or finest != "float32":
-            nothing = jnp.zeros(base.shape, bool)
-            amplification = certificate.spread(at, nothing, conditioning).amplification
-            amplification = amplification.astype(base.dtype)
+            amplification = noise.amplification.astype(base.dtype)
         grid = grids.find_grid(base, variance, finest, amplification, ratio)
     else:
         grid = jnp.int32(STORAGE_DTYPES.index(solver.base_dtype))
     known = [grids.grid(name) for name in STORAGE_DTYPES]
     on = jax.tree.map(lambda *parts: jnp.stack(parts)[grid], *known)
-    final, left, right = exact.resolve(weights, at, on, ratio, conditioning)
+    final, left, right = exact.resolve(weights, at, on, noise, ratio, conditioning)
     snapped = final.snapped
     # one direction that rows and columns nearly share escapes conjugate gradients and a replicate
     mean = jnp.mean(variance)
     hidden = jnp.where(conditioning < ILL_CONDITIONED, mean / conditioning / base.size, 0)
     error = snapped.error + hidden
     share = jnp.where(hidden > 0, 1 - hidden / error, 1)
-    amplification = jnp.maximum(final.amplification, jnp.sqrt(hidden / mean).astype(jnp.float32))
+    amplification = jnp.maximum(noise.amplification, jnp.sqrt(hidden / mean).astype(jnp.float32))
     certain = (snapped.wrong < exact.certain_below(amplification)) & (conditioning >= UNSURE)
     return {
         **_balanced(left, right, ranks),
@@ -174,9 +174,9 @@ def _polished(
         "iterations": likely.steps + final.steps,
         "rounds": likely.rounds + final.rounds,
         "amplification": amplification,
-        "slack": jnp.max(final.slack),
+        "slack": jnp.max(final.unexplained.slack),
         "expected_error": error,
-        "mean_error": snapped.mean_error,
+        "mean_error": mean_error(weights, at.units, snapped, on),
         "exact_fraction": share * (1 - jnp.mean(snapped.wrong, dtype=base.dtype)),
         "ambiguous_fraction": 1 - jnp.mean(certain, dtype=base.dtype),
     }

@@ -6,7 +6,7 @@ not depend on each other, so rows are worked on in blocks.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,9 +15,9 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jdetune import linalg
-from jdetune.blocks import by_rows
+from jdetune.blocks import Each, by_rows
 from jdetune.grids import Grid, at_binade, nearest, step_up, unit_of
-from jdetune.noise import Merged, Weights, as_merged, spacing
+from jdetune.noise import Merged, Weights, as_merged, ulp
 from jdetune.solvers.pairs import Scales
 
 #: Rows of a block, at least: all that is made of them stays in the cache.
@@ -44,13 +44,13 @@ class Snapped(NamedTuple):
       base: most likely grid point.
       wrong: probability that it is another.
       error: expected squared error, the mean over all elements.
-      mean_error: the same of the mean of the models on that grid, for comparison.
+      offset: expected base less the most likely one, in units of the rounding error.
     """
 
     base: Float[Array, "row col"]
     wrong: Float[Array, "row col"]
     error: Float[Array, ""]
-    mean_error: Float[Array, ""]
+    offset: Float[Array, "row col"]
 
 
 class Unexplained(NamedTuple):
@@ -71,15 +71,26 @@ class _Block(NamedTuple):
     chosen: Float[Array, "row col"]
     wrong: Float[Array, "row col"]
     error: Float[Array, "row col"]
-    mean_error: Float[Array, "row col"]
+    offset: Float[Array, "row col"]
     deviation: Float[Array, "row col"]
     may_be_zero: Bool[Array, "row col"]
 
 
 def relative_spacing(models: Merged, units: Scales) -> Float[Array, "model row col"]:
     """Spacing of every stored weight in units of the layer's rounding error."""
-    inverse = [(1 / side).astype(jnp.float32) for side in units]
-    return jnp.maximum(spacing(models) * inverse[0][:, None] * inverse[1], LEAST_SPACING)
+
+    def one(values: Array, eps: Array, smallest: Array) -> Array:
+        return relative_ulp(values, eps, smallest, units)
+
+    return jax.vmap(one)(*map(jnp.asarray, models))
+
+
+def relative_ulp(
+    values: Float[Array, "row col"], eps: Array, smallest: Array, units: Scales
+) -> Float[Array, "row col"]:
+    """The same of one model."""
+    row, col = ((1 / side).astype(jnp.float32) for side in units)
+    return jnp.maximum(ulp(values, eps, smallest) * row[:, None] * col, LEAST_SPACING)
 
 
 def snap(
@@ -116,12 +127,25 @@ def snap(
     if unexplained is None:
         unexplained = Unexplained(*jnp.zeros((2, n_models), jnp.float32))
 
-    def some(rows: tuple) -> tuple[tuple[()], _Block]:
-        values, unit, error, middle, softness = rows
-        here, scales = models._replace(values=values), Scales(unit[:, 0], around.col)
-        return (), _snap_block(here, scales, error, middle, softness, grid, unexplained)
+    def sure(units: Scales) -> Callable[..., Array]:
+        """Inverse variance of one model's errors."""
 
-    rows = (models.values, around.row[:, None], error, middle, softness)
+        def one(values: Array, softness: Array, *rest: Array) -> Array:
+            eps, smallest, flat, slack = rest
+            size = relative_ulp(values, eps, smallest, units)
+            return 1 / (softness + flat + (jnp.square(slack) + 1 / 12) * jnp.square(size))
+
+        return one
+
+    def some(rows: tuple) -> tuple[tuple[()], _Block]:
+        values, unit, error, middle, softness, *each = rows
+        here, scales = models._replace(values=values), Scales(unit[:, 0], around.col)
+        sureness = linalg.sum_each(sure(scales), *each, *models[1:], *unexplained)
+        deviation = jax.lax.rsqrt(sureness)
+        return (), _snap_block(here, scales, error, middle, softness, deviation, grid, unexplained)
+
+    each = Each(models.values), Each(softness)
+    rows = (models.values, around.row[:, None], error, middle, softness, *each)
     _, found = by_rows(some, rows, SNAP_ROWS)
     zero = found.may_be_zero
     chance = _chance(middle / around.row[:, None] / around.col, found.deviation, zero)
@@ -133,8 +157,26 @@ def snap(
         base=jnp.where(nothing, 0, base),
         wrong=jnp.where(nothing, 0, wrong),
         error=_mean_square(jnp.where(nothing, 0, squared), units),
-        mean_error=_mean_square(found.mean_error, units),
+        offset=jnp.where(nothing | zero, 0, found.offset),
     )
+
+
+def mean_error(weights: Weights, units: Scales, snapped: Snapped, grid: Grid) -> Float[Array, ""]:
+    """Expected squared error of the mean of the models on the base's grid, for comparison.
+
+    Args:
+      weights: merged weights of one layer as stored.
+      units: of the rounding error.
+      snapped: the base.
+      grid: of the base.
+    """
+    values = jnp.asarray(as_merged(weights).values)
+    first = values[0].astype(jnp.float32)
+    away = linalg.sum_each(lambda stored: stored.astype(jnp.float32) - first, values)
+    mean = nearest(first + away / values.shape[0], grid)
+    row, col = (side.astype(mean.dtype) for side in units)
+    distance = (mean - snapped.base.astype(mean.dtype)) / row[:, None] / col
+    return snapped.error + _mean_square(distance * (distance - 2 * snapped.offset), units)
 
 
 def _mean_square(relative: Float[Array, "row col"], units: Scales) -> Float[Array, ""]:
@@ -150,6 +192,7 @@ def _snap_block(
     error: Array,
     centre: Array,
     softness: Array,
+    deviation: Array,
     grid: Grid,
     unexplained: Unexplained,
 ) -> _Block:
@@ -159,8 +202,6 @@ def _snap_block(
     flat, slack = (part[:, None, None] for part in unexplained)
     softness = softness + flat + jnp.square(slack * units_here)
     unit = unit_of(centre, grid) * inverse
-    information = linalg.sum_models(1 / (softness + jnp.square(units_here) / 12))
-    deviation = jax.lax.rsqrt(information)
     stride = jnp.where(deviation > WIDE * unit, deviation, 0)
     scale = jnp.maximum(jnp.sqrt(softness), 1e-3 * units_here)
     down, up = _halves(models, units_here)
@@ -190,21 +231,17 @@ def _snap_block(
     wrong = functools.reduce(jnp.add, others) / whole
     # on a coarse stride, the grid points that one stride stands for share its probability
     wrong = jnp.where(stride > unit, 1 - (1 - wrong) * unit / jnp.maximum(stride, unit), wrong)
-    stored = jnp.asarray(models.values).astype(jnp.float32)
-    away = linalg.sum_models(stored - stored[0])
-    mean = nearest(stored[0] + away / stored.shape[0], grid) - centre
+    at, pairs = chosen * inverse, zip(steps, chances, strict=True)
+    away = [(chance, step - at) for step, chance in pairs]
 
-    def expected(at: Array) -> Array:
-        """Mean squared distance of the points from one of them."""
-        pairs = zip(steps, chances, strict=True)
-        parts = [chance * jnp.square(step - at) for step, chance in pairs]
-        return functools.reduce(jnp.add, parts) / whole
+    def expected(values: Iterable[Array]) -> Array:
+        return functools.reduce(jnp.add, values) / whole
 
     return _Block(
         chosen=chosen,
         wrong=wrong,
-        error=expected(chosen * inverse),
-        mean_error=expected(mean * inverse),
+        error=expected(chance * jnp.square(step) for chance, step in away),
+        offset=expected(chance * step for chance, step in away),
         deviation=deviation,
         may_be_zero=(stride > 0) & (of_zero > top - LIKELY),
     )

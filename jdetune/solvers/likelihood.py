@@ -20,7 +20,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jdetune import linalg
-from jdetune.blocks import by_rows
+from jdetune.blocks import Each, by_rows
 from jdetune.noise import Weights, as_merged, merge_variance
 from jdetune.solvers.pairs import Scales
 from jdetune.solvers.relative import Relative, moved, tangent_of, units_of, view
@@ -49,7 +49,7 @@ class Refinement:
         shared.
     """
 
-    tolerance: float = 0.1
+    tolerance: float = 0.3
     max_steps: int = 300
     rounds: int = 6
 
@@ -126,7 +126,7 @@ def refine(
 
     def look(at: Relative) -> tuple[Step, Array]:
         space = tangent._replace(left=at.left, right=at.right)
-        gradient = to_tangent(space, (at.weight, at.error), _weighted)
+        gradient = to_tangent(space, (Each(at.weight), Each(at.error)), _weighted)
         return gradient, preconditioned_size(space, gradient)
 
     def going(carry: tuple) -> Array:
@@ -151,11 +151,10 @@ def refine(
     return found, at
 
 
-def _weighted(rows: tuple[Array, Array]) -> Float[Array, "model row col"]:
+def _weighted(rows: tuple) -> linalg.PerModel:
     """Errors times weights, with the base that fits best."""
-    weight, error = rows
-    mean = linalg.sum_models(weight * error) / linalg.sum_models(weight)
-    return weight * (error - mean)
+    mean = linalg.weighted_mean(*rows)
+    return linalg.map_each(lambda weight, error: weight * (error - mean), *rows)
 
 
 def most_likely(
@@ -186,12 +185,13 @@ def most_likely(
     found, at = refine(weights, left, right, ranks, scales, options, rounding, conditioning)
     n_models = left.shape[0]
 
-    def some(rows: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        error, variance = rows
+    def some(rows: tuple) -> tuple[tuple[Array, Array], Array]:
+        error, variance, each = rows
         sums = jnp.sum(jnp.square(error)), jnp.sum(variance)
-        return sums, linalg.sum_models(1 / variance)
+        return sums, linalg.sum_each(jnp.reciprocal, each)
 
-    (left_over, expected), information = by_rows(some, (at.error, at.variance))
+    rows = (at.error, at.variance, Each(at.variance))
+    (left_over, expected), information = by_rows(some, rows)
     share = left_over / expected
     ratio = jnp.sqrt(share * n_models / (n_models - 1)).astype(left.dtype)
     known = jnp.square(at.units.row[:, None] * at.units.col) / information.astype(left.dtype)

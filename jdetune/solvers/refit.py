@@ -13,7 +13,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jdetune import linalg
-from jdetune.blocks import by_rows
+from jdetune.blocks import Each, by_rows
 from jdetune.noise import Weights, as_merged, merge_variance
 from jdetune.solvers.pairs import Scales
 from jdetune.solvers.relative import (
@@ -37,7 +37,7 @@ from jdetune.solvers.tangent import (
 )
 
 #: Share of the preconditioned gradient, squared, to stop at: this is one Newton step of several.
-GOAL = 1e-2
+GOAL = 5e-2
 MAX_STEPS = 100
 #: Share of least squares in the curvature, which keeps it positive where residuals vanish.
 SHARE = 0.1
@@ -107,20 +107,20 @@ def newton_step(
     """
     tall, wide = pair_after(at, step)
 
-    def some(rows: tuple[Array, ...]) -> tuple[Any, Any]:
-        error, left, tall, weight, away, known = rows
-        error = errors_after(error, tall, wide)
-        mean = linalg.sum_models(weight * error) / linalg.sum_models(weight)
-        error = error - jnp.where(known, away, mean)
+    def some(rows: tuple) -> tuple[Any, Any]:
+        errors, left, tall, weight, weights, away, known = rows
+        errors = errors_after(errors, tall, wide)
+        mean = linalg.weighted_mean(weights, errors)
+        error = linalg.stack_models(errors) - jnp.where(known, away, mean)
         share = jnp.minimum(jnp.square(error) * weight / 3, CLIP**2)
         curvature = jnp.where(known, 3 * (1 - SHARE) * share + SHARE, 1) * weight
         total = jnp.where(known, jnp.inf, linalg.sum_models(curvature))
         slope = jnp.where(known, share, 1) * weight
-        q, p = onto(left, at.right, (slope, error), jnp.multiply)
+        q, p = onto(left, at.right, slope * error)
         cols, each = information(curvature, total)
         return (q, cols), (p, curvature, total, each)
 
-    rows = (at.error, at.left, tall, at.weight, away, known)
+    rows = (Each(at.error), at.left, tall, at.weight, Each(at.weight), away, known)
     (q, cols), (p, curvature, total, each) = by_rows(some, rows)
     parts = (at.left, at.right, at.active, curvature, total, each, cols / away.shape[0])
     tangent = Tangent(*parts)

@@ -16,10 +16,10 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jdetune import linalg
-from jdetune.blocks import by_rows
+from jdetune.blocks import Each, by_rows
 from jdetune.noise import Merged, fit_variance, spacing
 from jdetune.solvers.pairs import Scales
-from jdetune.solvers.tangent import UNROLLED, Step, Tangent, information, pair
+from jdetune.solvers.tangent import Step, Tangent, information, pair
 from jdetune.types import Array as AnyArray
 
 
@@ -125,7 +125,7 @@ def _errors(
     """
     dtype, across = left.dtype, 1 / units.col
 
-    def some(rows: tuple[Array, ...]) -> tuple[tuple[()], tuple[Array, Array]]:
+    def some(rows: tuple) -> tuple[tuple[()], tuple[Array, Array]]:
         values, left, variance, unit = rows
         reference = values[0].astype(dtype)
         first, inverse = linalg.matmul(left[0], right[0]), 1 / unit
@@ -136,12 +136,11 @@ def _errors(
             return (away * inverse * across).astype(jnp.float32)
 
         error = linalg.each_model(one, (values, left, right))
-        known = 1 / variance
-        mean = linalg.sum_models(known * error) / linalg.sum_models(known)
+        mean = linalg.inverse_variance_mean(variance, error)
         shift = mean.astype(dtype) * unit * units.col
         return (), (error - mean, reference + (shift - first))
 
-    return by_rows(some, (jnp.asarray(values), left, variance, units.row[:, None]))[1]
+    return by_rows(some, (jnp.asarray(values), left, Each(variance), units.row[:, None]))[1]
 
 
 def pair_after(at: Relative, step: Step) -> tuple[Array, Array]:
@@ -151,23 +150,22 @@ def pair_after(at: Relative, step: Step) -> tuple[Array, Array]:
 
 
 def errors_after(
-    error: Float[Array, "model row col"],
+    errors: linalg.PerModel,
     tall: Float[Array, "model row wide"],
     wide: Float[Array, "model wide col"],
-) -> Float[Array, "model row col"]:
+) -> linalg.PerModel:
     """What is left over of some rows once the updates are moved, with the base as it was.
 
     Args:
-      error: before.
+      errors: of each model, before.
       tall: of ``pair_after``, these rows.
       wide: of ``pair_after``.
     """
 
-    def one(operands: tuple[Array, ...]) -> Array:
-        error, tall, wide = operands
+    def one(error: Array, tall: Array, wide: Array) -> Array:
         return error - linalg.matmul(tall, wide)
 
-    return linalg.each_model(one, (error, tall, wide), UNROLLED)
+    return linalg.map_each(one, errors, tall, wide)
 
 
 def moved(at: Relative, step: Step) -> tuple[Array, Array]:
@@ -185,13 +183,13 @@ def tangent_of(at: Relative, known: Bool[Array, "row col"] | None = None) -> Tan
     row = at.weight.shape[1]
     known = jnp.zeros(at.weight.shape[1:], bool) if known is None else known
 
-    def some(rows: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        weight, known = rows
-        total = jnp.where(known, jnp.inf, linalg.sum_models(weight))
+    def some(rows: tuple) -> tuple[Array, tuple[Array, Array]]:
+        weight, each, known = rows
+        total = jnp.where(known, jnp.inf, linalg.sum_each(lambda one: one, each))
         cols, rows_ = information(weight, total)
         return cols, (total, rows_)
 
-    cols, (total, rows) = by_rows(some, (at.weight, known))
+    cols, (total, rows) = by_rows(some, (at.weight, Each(at.weight), known))
     return Tangent(at.left, at.right, at.active, at.weight, total, rows, cols / row)
 
 

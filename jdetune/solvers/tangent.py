@@ -13,12 +13,10 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jdetune import linalg
-from jdetune.blocks import by_rows
+from jdetune.blocks import Each, by_rows
 
 #: Conditioning below which directions count as nearly shared.
 NEARLY_SHARED = 1e-2
-#: Models of a block that are written out one by one.
-UNROLLED = 8
 
 
 class Tangent(NamedTuple):
@@ -66,42 +64,40 @@ def pair(
 def onto(
     left: Float[Array, "model row rank"],
     right: Float[Array, "model col rank"],
-    operands: Any,
-    matrix: Callable[..., Float[Array, "row col"]],
+    matrices: linalg.PerModel,
 ) -> tuple[Float[Array, "model rank col"], Float[Array, "model row rank"]]:
     """Some rows' part of the adjoint: what they add to Q, transposed, and their P.
 
     Args:
       left: U of these rows.
       right: V.
-      operands: arrays with a leading model axis.
-      matrix: makes one model's rows of the operands.
+      matrices: these rows of each model's matrix.
     """
 
-    def one(operands: tuple) -> tuple[Array, Array]:
-        left, right, operands = operands
-        rows = matrix(*operands)
-        return linalg.matmul(linalg.laid_out(left.T), rows), linalg.matmul(rows, right)
+    def across(left: Array, matrix: Array) -> Array:
+        return linalg.matmul(linalg.laid_out(left.T), matrix)
 
-    return linalg.each_model(one, (left, right, operands), UNROLLED)
+    q = linalg.map_each(across, left, matrices)
+    p = linalg.map_each(linalg.matmul, matrices, right)
+    return linalg.stack_models(q), linalg.stack_models(p)
 
 
 def to_tangent(
     tangent: Tangent,
     rows: Any,
-    matrices: Callable[[Any], Float[Array, "model row col"]] = lambda rows: rows,
+    matrices: Callable[[Any], linalg.PerModel] = lambda rows: rows,
 ) -> Step:
     """The adjoint of ``pair``: matrices projected on the tangent spaces.
 
     Args:
       tangent: the tangent spaces.
       rows: the matrices, or arrays that they are made from, the rows before the last axis.
-      matrices: makes matrices of some rows.
+      matrices: makes each model's matrix of some rows.
     """
 
     def some(operands: tuple[Array, Any]) -> tuple[Array, Array]:
         left, rows = operands
-        return onto(left, tangent.right, (matrices(rows),), lambda matrix: matrix)
+        return onto(left, tangent.right, matrices(rows))
 
     return project(tangent, as_step(*by_rows(some, (tangent.left, rows))))
 
@@ -123,22 +119,17 @@ def normal_operator(tangent: Tangent, step: Step) -> Step:
     """Gauss-Newton matrix times a tangent vector, the base eliminated."""
     tall, wide = pair(tangent.left, tangent.right, step)
 
-    def some(rows: tuple[Array, ...]) -> tuple[Array, Array]:
-        tall, left, weight, total = rows
+    def some(rows: tuple) -> tuple[Array, Array]:
+        tall, left, weights, total = rows
+        moved = linalg.map_each(linalg.matmul, tall, wide)
+        mean = linalg.sum_each(jnp.multiply, weights, moved) / total  # as a product it is biased
 
-        def forth(operands: tuple[Array, ...]) -> Array:
-            tall, wide, weight = operands
-            return weight * linalg.matmul(tall, wide)
+        def rest(weight: Array, moved: Array) -> Array:
+            return weight * (moved - mean)
 
-        weighted = linalg.each_model(forth, (tall, wide, weight), UNROLLED)
-        mean = linalg.sum_models(weighted) / total  # a rounded reciprocal would be common to all
+        return onto(left, tangent.right, linalg.map_each(rest, weights, moved))
 
-        def rest(weighted: Array, weight: Array) -> Array:
-            return weighted - weight * mean
-
-        return onto(left, tangent.right, (weighted, weight), rest)
-
-    rows = (tall, tangent.left, tangent.weight, tangent.total)
+    rows = (tall, tangent.left, Each(tangent.weight), tangent.total)
     return project(tangent, as_step(*by_rows(some, rows)))
 
 
