@@ -34,9 +34,10 @@ MAX_STEPS = 1000
 LEAST_FACTOR = 0.7
 #: Amplification up to which a layer counts as at the floor of the rounding.
 AT_THE_FLOOR = 2.0
-#: Amplification up to which a replicate's factors hold as more of the base becomes known: they only
-#: fall then, by a share of what the unknown base adds.
+#: Amplification, and share of the base that is known, up to which the factors of a replicate without
+#: any known still hold. Where more is known they are too small, by a quarter at 0.95.
 ONE_REPLICATE = 1.1
+MOST_KNOWN = 0.9
 
 
 class Spread(NamedTuple):
@@ -135,10 +136,26 @@ def spread(
     return Spread(tall, wide, *_factors(rows, cols), jnp.sqrt(base / jnp.maximum(unknown, 1)))
 
 
-def spread_again(earlier: Spread, at: Relative, known: Bool[Array, "row col"]) -> Spread:
-    """``spread`` with more of the base known, by the factors of an earlier replicate."""
-    tall, wide = _leverage_variance(tangent_of(at, known))
-    return earlier._replace(tall=tall, wide=wide)
+def spread_again(
+    first: Spread, at: Relative, known: Bool[Array, "row col"], conditioning: Array | float = 1.0
+) -> Spread:
+    """``spread``, without a replicate where the factors of the one with nothing known still hold.
+
+    Args:
+      first: errors with nothing known.
+      at: the layer relative to its base and updates.
+      known: where the base is known exactly.
+      conditioning: of the closed form.
+    """
+    share = jnp.mean(known, dtype=jnp.float32)
+    holds = (first.amplification <= ONE_REPLICATE) & (share <= MOST_KNOWN)
+
+    def by_leverage() -> Spread:
+        tall, wide = _leverage_variance(tangent_of(at, known))
+        return first._replace(tall=tall, wide=wide)
+
+    once_more = ~holds & (share > 0)
+    return jax.lax.cond(once_more, lambda: spread(at, known, conditioning), by_leverage)
 
 
 def _random_words(n_models: int, row: int, col: int) -> Array:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from jdetune import linalg
 from jdetune.blocks import Each, by_rows
-from jdetune.certificate import ONE_REPLICATE, Spread, spread, spread_again
+from jdetune.certificate import Spread, spread_again
 from jdetune.grids import Grid, nearest
 from jdetune.noise import Weights, as_merged
 from jdetune.snap import Snapped, Unexplained, relative_spacing, relative_ulp, snap
@@ -120,7 +120,7 @@ class Resolved(NamedTuple):
     Attributes:
       snapped: the base on its grid.
       step: where the updates are, relative to the layer's; fitted with the known elements.
-      unexplained: error of each model that nothing explains.
+      unexplained: error of each model that nothing explains; the next round counts on it.
       rounds: of fixing and fitting.
       steps: of conjugate gradients.
       grown: share of elements that the last round fixed.
@@ -175,11 +175,7 @@ def resolve(
             lambda: newton_step(at, carry.step, shift_to(at, base), before),
             lambda: (carry.step, jnp.zeros_like(carry.steps)),
         )
-        errors = jax.lax.cond(
-            jnp.any(before) & (noise.amplification > ONE_REPLICATE),
-            lambda: spread(at, before, conditioning),
-            lambda: spread_again(noise, at, before),
-        )
+        errors = spread_again(noise, at, before, conditioning)
         tall, wide = pair_after(at, step)
 
         def centred(rows: tuple) -> tuple[tuple[()], tuple[Array, ...]]:

@@ -49,22 +49,45 @@ def dense_errors(family, variance):
     return np.sqrt(np.mean(1 + total * through))
 
 
+def relative_to_truth(family):
+    """The layer relative to its true updates; float64 factors."""
+    left, right = (jnp.asarray(np.stack(x), FLOAT64) for x in (family.left, family.right))
+    models = as_merged(family.merged)
+    units = relative.units_of(models, noise_scales(family.merged, FLOAT64))
+    variance = merge_variance(models, left, right, "R1", units)
+    active = jnp.ones((left.shape[0], left.shape[2]), bool)
+    return relative.view(models, left, right, active, units, variance)
+
+
 @pytest.mark.parametrize("n", [3, 4])
 def test_amplification_is_that_of_the_dense_normal_matrix(n):
     family = synth.family(n, 18, 14, 2, seed=4, decay=0.5)
     with linalg.scope(FLOAT64):
-        left, right = (jnp.asarray(np.stack(x), FLOAT64) for x in (family.left, family.right))
-        models = as_merged(family.merged)
-        units = relative.units_of(models, noise_scales(family.merged, FLOAT64))
-        variance = merge_variance(models, left, right, "R1", units)
-        at = relative.view(models, left, right, jnp.ones((n, 2), bool), units, variance)
+        at = relative_to_truth(family)
         found = certificate.spread(at, jnp.zeros((18, 14), bool))
-        unit = np.asarray(units.row)[:, None] * np.asarray(units.col)
+        unit = np.asarray(at.units.row)[:, None] * np.asarray(at.units.col)
         fitted = np.asarray(1 / at.weight) * unit**2
     exact = dense_errors(family, fitted)
     assert exact > 1.1
     # one replicate of about 200 numbers
     assert float(found.amplification) == pytest.approx(exact, rel=0.2)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.89, 0.99])
+def test_errors_of_updates_as_the_base_becomes_known(share):
+    """By the first replicate's factors or, where these fail, by a new one; small elements last."""
+    family = synth.family(8, 96, 128, 2, seed=6)
+    size = np.abs(family.base)
+    known = jnp.asarray(size > np.quantile(size, 1 - share))
+    with linalg.scope(FLOAT64):
+        at = relative_to_truth(family)
+        first = certificate.spread(at, jnp.zeros((96, 128), bool))
+        again = certificate.spread_again(first, at, known).variance()
+        anew = certificate.spread(at, known).variance()
+    assert first.amplification < certificate.ONE_REPLICATE
+    unknown = np.asarray(~known)
+    expected = float(anew[:, unknown].mean())
+    assert float(again[:, unknown].mean()) == pytest.approx(expected, rel=0.1)
 
 
 def near_shared(angle, seed):

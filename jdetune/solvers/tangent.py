@@ -122,7 +122,8 @@ def normal_operator(tangent: Tangent, step: Step) -> Step:
     def some(rows: tuple) -> tuple[Array, Array]:
         tall, left, weights, total = rows
         moved = linalg.map_each(linalg.matmul, tall, wide)
-        mean = linalg.sum_each(jnp.multiply, weights, moved) / total  # as a product it is biased
+        mean = linalg.sum_each(jnp.multiply, weights, moved) / total  # not times 1 / total: its
+        # rounding error would be common to all models
 
         def rest(weight: Array, moved: Array) -> Array:
             return weight * (moved - mean)
