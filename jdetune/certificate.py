@@ -34,8 +34,8 @@ MAX_STEPS = 1000
 LEAST_FACTOR = 0.7
 #: Amplification up to which a layer counts as at the floor of the rounding.
 AT_THE_FLOOR = 2.0
-#: Amplification, and share of the base that is known, up to which the factors of a replicate without
-#: any known still hold. Where more is known they are too small, by a quarter at 0.95.
+#: Amplification, and share of the base that is known, up to which the factors of a replicate with
+#: nothing known still hold. Where more is known they are too small, by a quarter at 0.95.
 ONE_REPLICATE = 1.1
 MOST_KNOWN = 0.9
 
