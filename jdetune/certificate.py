@@ -66,12 +66,12 @@ class Spread(NamedTuple):
         """The same of some rows, given ``tall`` and ``rows`` of them."""
         return self._replace(tall=tall, rows=rows)
 
-    def variance(self) -> Float[Array, "... row col"]:
+    def variance(self) -> Float[Array, "model row col"]:
         """Variance of each update's elements."""
         factor = jnp.maximum(self.rows * self.cols, self.least)
         return _low_rank(self.tall, self.wide) * factor
 
-    def leverage(self, weight: Float[Array, "... row col"]) -> Float[Array, "... row col"]:
+    def leverage(self, weight: Float[Array, "model row col"]) -> Float[Array, "model row col"]:
         """Share of each element's own error that its update takes up, in a fit weighted so."""
         return jnp.minimum(_low_rank(self.tall, self.wide) * weight, 0.5)
 
@@ -120,10 +120,10 @@ def spread(
         def left_over(model: Array | int, weight: Array, moved: Array) -> Array:
             return weight * (_error(words, model, weight) - moved)
 
-        whole = linalg.sum_each(lambda weight: weight, weights)
+        whole = linalg.sum_models(weights)
         matters = jnp.where(known, 1e-6, 1.0) * whole
         single = matters * linalg.sum_each(jnp.square, moved)
-        together = matters * jnp.square(linalg.sum_each(lambda moved: moved, moved))
+        together = matters * jnp.square(linalg.sum_models(moved))
         moved_base = linalg.sum_each(left_over, models, weights, moved) / total
         base = jnp.where(known, 0, whole * jnp.square(moved_base))
         cols, each = ([expected] for expected in _sums_of_product(matters, tall, wide))
@@ -181,9 +181,9 @@ def _leverage_variance(tangent: Tangent) -> tuple[Array, Array]:
     return tall, jnp.concatenate([1 / cols, v, v], axis=1)
 
 
-def _low_rank(tall: Array, wide: Array) -> Float[Array, "... row col"]:
+def _low_rank(tall: Array, wide: Array) -> Float[Array, "model row col"]:
     """A product with so few terms that it is no more than three passes over a matrix."""
-    terms = [tall[..., :, k, None] * wide[..., None, k, :] for k in range(tall.shape[-1])]
+    terms = [tall[:, :, k, None] * wide[:, None, k, :] for k in range(tall.shape[2])]
     return functools.reduce(jnp.add, terms)
 
 

@@ -114,10 +114,10 @@ def long_matmul(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, 
     return total + rest
 
 
-def sum_models(values: Float[Array, "model ..."]) -> Float[Array, "..."]:
+def sum_models(values: PerModel) -> Float[Array, "..."]:
     """Sum over the leading axis, unrolled: XLA's reduction of a leading axis is slow on CPU."""
     total = values[0]
-    for index in range(1, values.shape[0]):
+    for index in range(1, len(values)):
         total = total + values[index]
     return total
 

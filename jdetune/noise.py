@@ -194,7 +194,7 @@ def fit_variance(variance: Float[Array, "model row col"]) -> Float[Array, "model
     """Variances that a fit weighs by: not below a thousandth of their row's and column's usual."""
 
     def some(variance: linalg.PerModel) -> tuple[Array, Array]:
-        models = linalg.sum_each(lambda one: one, variance)
+        models = linalg.sum_models(variance)
         return jnp.sum(models, axis=0), jnp.sum(models, axis=1, keepdims=True)
 
     n_models, _, col = variance.shape

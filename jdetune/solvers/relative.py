@@ -185,7 +185,7 @@ def tangent_of(at: Relative, known: Bool[Array, "row col"] | None = None) -> Tan
 
     def some(rows: tuple) -> tuple[Array, tuple[Array, Array]]:
         weight, each, known = rows
-        total = jnp.where(known, jnp.inf, linalg.sum_each(lambda one: one, each))
+        total = jnp.where(known, jnp.inf, linalg.sum_models(each))
         cols, rows_ = information(weight, total)
         return cols, (total, rows_)
 
