@@ -105,6 +105,7 @@ def solve_large(
             "ranks": jnp.asarray(ranks[None], jnp.int32),
             "scales": programs.scales_of(weights),
             "conditioning": jnp.full(1, ITERATED_CONDITIONING, dtype),
+            "rank_gap": jnp.full(1, jnp.inf, dtype),
         }
         arrays = programs.polish(weights, beginning, solver, finest, len(set(storage)) > 1)
         found = {name: np.asarray(value[0]) for name, value in arrays.items()}

@@ -41,9 +41,12 @@ CERTIFIED = (
     "slack",
 )
 #: What the refinement starts from.
-START = ("left", "right", "ranks", "scales", "conditioning")
+START = ("left", "right", "ranks", "scales", "conditioning", "rank_gap")
 #: Conditioning below which no element is called certain: errors of one direction are common to all.
 UNSURE = 1e-5
+#: Ratio of the last singular value kept to the first left out below which no element is called
+#: certain: further directions, whose ranks were not given, may be hidden in the rounding.
+HIDING = 1.3
 #: Conditioning below which the error bound of the worst single direction is counted.
 ILL_CONDITIONED = 1e-6
 #: The refinement works element by element for the most part: in the widest vectors that a CPU has.
@@ -134,6 +137,7 @@ def _polished(
     finest: str,
     mixed: bool,
     conditioning: Array,
+    rank_gap: Array,
 ) -> dict[str, Array]:
     """Most likely updates, the base decided on its grid, and the certificate, of one layer."""
     likely, base, variance, ratio, at = likelihood.most_likely(
@@ -163,7 +167,9 @@ def _polished(
     error = snapped.error + hidden
     share = jnp.where(hidden > 0, 1 - hidden / error, 1)
     amplification = jnp.maximum(noise.amplification, jnp.sqrt(hidden / mean).astype(jnp.float32))
-    certain = (snapped.wrong < exact.certain_below(amplification)) & (conditioning >= UNSURE)
+    all_seen = isinstance(solver.rank, int) | (rank_gap >= HIDING)
+    sure = all_seen & (conditioning >= UNSURE)
+    certain = sure & (snapped.wrong < exact.certain_below(amplification))
     return {
         **_balanced(left, right, ranks),
         "base": snapped.base.astype(jnp.float32),
@@ -201,8 +207,8 @@ def polish(
     """
 
     def one(weights: Merged, found: dict) -> dict[str, Array]:
-        left, right, ranks, scales, conditioning = (found[name] for name in START)
-        return _polished(weights, left, right, ranks, scales, solver, finest, mixed, conditioning)
+        left, right, ranks, scales, *figures = (found[name] for name in START)
+        return _polished(weights, left, right, ranks, scales, solver, finest, mixed, *figures)
 
     return over_layers(one, mesh, weights, found)
 

@@ -54,7 +54,8 @@ _MESSAGES = {
     ),
     Status.SHARED_DIRECTIONS: (
         "the updates of several models share directions, exactly or very nearly, so the base "
-        "cannot be told from them. Add models trained from other seeds or on other data."
+        "cannot be told from them. Add models trained from other seeds or on other data; if their "
+        "rank is known, give it."
     ),
     Status.NON_FINITE: (
         "NaN or infinity in the merged weights. Remove or repair the model that holds them."

@@ -6,7 +6,7 @@ import pytest
 
 import jdetune
 from benchmarks import held_out
-from jdetune import certificate, linalg, synth
+from jdetune import certificate, linalg, programs, synth
 from jdetune.noise import as_merged, merge_variance
 from jdetune.solvers import relative
 from jdetune.solvers.pairs import noise_scales
@@ -157,3 +157,29 @@ def test_nothing_is_certain_where_one_direction_of_rows_and_columns_is_nearly_sh
     assert 1e-6 < found.stats["conditioning"] < 1e-5
     assert not found.certain.any()
     assert found.amplification > certificate.AT_THE_FLOOR
+
+
+def test_nothing_is_certain_where_directions_may_be_hidden_in_the_rounding():
+    """A spectrum that goes through the edge: without the rule 36 of 42476 certain ones are wrong.
+
+    With the rank given nothing is hidden.
+    """
+    family = synth.family(3, 256, 256, 24, seed=2, dtype="bfloat16", decay=5.0)
+    found = jdetune.recover(family.merged)
+    assert found.ok
+    assert found.ranks.max() < 24
+    assert found.stats["rank_gap"] < programs.HIDING
+    assert not found.certain.any()
+    assert not (found.base == family.base).all()
+    told = jdetune.recover(family.merged, jdetune.SubspaceIntersection(rank=24))
+    assert told.certain.mean() > 0.6
+    assert not (told.certain & (told.base != family.base)).any()
+
+
+def test_elements_are_certain_where_the_last_directions_stand_clear():
+    family = synth.family(3, 256, 256, 24, seed=1, dtype="bfloat16", decay=4.5)
+    found = jdetune.recover(family.merged)
+    assert found.ranks.tolist() == [24] * 3
+    assert programs.HIDING < found.stats["rank_gap"] < 1.5
+    assert found.certain.mean() > 0.6
+    assert not (found.certain & (found.base != family.base)).any()
