@@ -52,6 +52,11 @@ class Timed(NamedTuple):
     times: int
     seconds: float
 
+    @property
+    def flops(self) -> int:
+        """Work of all of them."""
+        return self.times * self.product.flops
+
 
 def traced(n_models: int, row: int, col: int, rank: int) -> dict[Product, int]:
     """Every kind of product of the closed form of one layer, and how often it occurs."""
@@ -62,7 +67,10 @@ def traced(n_models: int, row: int, col: int, rank: int) -> dict[Product, int]:
 
 
 def counted(program: Any) -> dict[Product, int]:
-    """Every kind of product of a traced program, loops of known length multiplied out."""
+    """Every kind of product of a traced program, the least that it can come to.
+
+    Loops of known length are multiplied out, others count once; of branches the least counts.
+    """
     total: collections.Counter[Product] = collections.Counter()
     for product, times in _products(program, 1):
         total[product] += times
@@ -79,13 +87,20 @@ def _products(program: Any, times: int) -> Iterator[tuple[Product, int]]:
             flops = 2 * length * int(np.prod(equation.outvars[0].aval.shape))
             yield Product(left.shape, right.shape, str(left.dtype), dimensions, flops), times
         inner = times * equation.params.get("length", 1)
-        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
-            if _is_program(part):
-                yield from _products(getattr(part, "jaxpr", part), inner)
+        parts = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program)
+        within = [getattr(part, "jaxpr", part) for part in parts if _is_program(part)]
+        if equation.primitive.name == "cond":
+            within = [min(within, key=_work)]
+        for part in within:
+            yield from _products(part, inner)
 
 
 def _is_program(part: Any) -> bool:
     return hasattr(part, "eqns")
+
+
+def _work(program: Any) -> int:
+    return sum(times * product.flops for product, times in _products(program, 1))
 
 
 def measure(products: dict[Product, int], repeats: int) -> list[Timed]:
@@ -104,7 +119,7 @@ def measure(products: dict[Product, int], repeats: int) -> list[Timed]:
             )
             seconds = limit.seconds_of(lambda run=run, a=left, b=right: run(a, b), repeats)
             found.append(Timed(product, times, times * seconds))
-    return sorted(found, key=lambda one: -one.times * one.product.flops)
+    return sorted(found, key=lambda one: -one.flops)
 
 
 def pass_seconds(n_models: int, row: int, col: int, repeats: int) -> float:
@@ -117,8 +132,8 @@ def pass_seconds(n_models: int, row: int, col: int, repeats: int) -> float:
 def report(n_models: int, row: int, col: int, rank: int, repeats: int) -> str:
     """Table of the products, and their sum and one pass in limits."""
     found = measure(traced(n_models, row, col, rank), repeats)
-    work = sum(one.times * one.product.flops for one in found)
-    large = [one for one in found if one.times * one.product.flops >= SMALL * work]
+    work = sum(one.flops for one in found)
+    large = [one for one in found if one.flops >= SMALL * work]
     rest = [one for one in found if one not in large]
     rows = [
         _cells(" @ ".join(map(str, one.product[:2])), one.product.dtype, [one]) for one in large
@@ -137,7 +152,7 @@ def report(n_models: int, row: int, col: int, rank: int, repeats: int) -> str:
 
 def _cells(name: str, dtype: str, found: list[Timed]) -> list[str]:
     flops, seconds = (
-        sum(one.times * one.product.flops for one in found),
+        sum(one.flops for one in found),
         sum(one.seconds for one in found),
     )
     times = str(sum(one.times for one in found))
